@@ -1,0 +1,49 @@
+"""What every test may ask for from outside the repository: the real model and the test data.
+
+The built-in model is fetched into the user's cache when a test run starts, and tests find its path
+in ROOFLINE_TEST_GGUF. Set that variable to the path of a copy to use that, or to nothing to do
+without.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from roofline.errors import RooflineError
+from roofline.models import hub
+
+MODEL = "smollm2-135m"
+MODEL_VARIABLE = "ROOFLINE_TEST_GGUF"
+DATA_VARIABLE = "ROOFLINE_TEST_DATA"
+
+why_no_model = pytest.StashKey[str]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Put the built-in model's path into the environment before any test module reads it."""
+    session.config.stash[why_no_model] = f"{MODEL_VARIABLE} is set to nothing"
+    if MODEL_VARIABLE in os.environ or session.config.option.collectonly:
+        return
+    try:
+        os.environ[MODEL_VARIABLE] = str(hub.resolve(MODEL).resolve())
+    except RooflineError as error:
+        session.config.stash[why_no_model] = error.message
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(pytestconfig: pytest.Config) -> Path:
+    """The built-in model's file."""
+    path = os.environ.get(MODEL_VARIABLE)
+    if not path:
+        pytest.skip(pytestconfig.stash[why_no_model])
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of data too large for the repository."""
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder:
+        pytest.skip(f"{DATA_VARIABLE} is not set to the folder of test data")
+    return Path(folder)

@@ -1,0 +1,322 @@
+"""Memory arithmetic: the bytes of weights, scales, KV and activations on each rank, and what fits.
+
+The allocator and `roofline fit` call the same functions, so the bytes printed are the bytes used.
+Nothing here allocates, reads weights or imports torch.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from roofline.config import EngineConfig, ModelConfig, ParallelConfig, WeightFormat
+from roofline.errors import CapacityError
+
+ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+SCALE_BYTES = 4
+
+NativeGroups = Mapping[str, int]  # checkpoint tensor name -> group size, for tensors that are INT8 on disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """A place in the mesh: who shares the layers, and which stage of them this is."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    tp_rank: int = 0
+    stage: int = 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank embeds tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank computes logits."""
+        return self.stage == self.parallel.pipeline_parallel_size - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixPlan:
+    """One weight matrix [rows, columns] as a rank holds it."""
+
+    name: str
+    rows: int
+    columns: int
+    group: int  # columns that share a scale; 0: floats of `dtype`
+    offset: int  # columns of the first group that lie on another rank
+    dtype: str
+
+    @property
+    def groups(self) -> int:
+        """Scales to a row."""
+        return -(-(self.columns + self.offset) // self.group) if self.group else 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the values, without scales."""
+        return self.rows * self.columns * (1 if self.group else ITEM_BYTES[self.dtype])
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the fp32 scales."""
+        return self.rows * self.groups * SCALE_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """The four fused matrices of one decoder layer on one rank."""
+
+    qkv: MatrixPlan  # rows: query heads, key heads, value heads
+    output: MatrixPlan
+    gate_up: MatrixPlan  # rows: gate channels, up channels
+    down: MatrixPlan
+
+    def matrices(self) -> tuple[MatrixPlan, ...]:
+        """All four, in the order a step reads them."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPlan:
+    """Every weight one rank holds."""
+
+    layers: dict[int, LayerPlan]  # by global layer number
+    embedding: MatrixPlan | None  # on the first stage (and on the last when tied)
+    head: MatrixPlan | None  # on the last stage, unless tied: then the embedding serves
+    norm_values: int  # fp32 RMSNorm weights
+
+    def matrices(self) -> list[MatrixPlan]:
+        """Every matrix of the rank."""
+        ends = [m for m in (self.embedding, self.head) if m is not None]
+        return [m for layer in self.layers.values() for m in layer.matrices()] + ends
+
+    @property
+    def weight_bytes(self) -> int:
+        """Matrices without their scales, and the norms."""
+        return sum(m.weight_bytes for m in self.matrices()) + 4 * self.norm_values
+
+    @property
+    def scale_bytes(self) -> int:
+        """Scales of all matrices."""
+        return sum(m.scale_bytes for m in self.matrices())
+
+    @property
+    def parameters(self) -> int:
+        """Weights held, scales not counted."""
+        return sum(m.rows * m.columns for m in self.matrices()) + self.norm_values
+
+
+def plan_model(
+    model: ModelConfig, weights: WeightFormat, rank: Rank, native: NativeGroups
+) -> ModelPlan:
+    """The weights of one rank, cut as DESIGN says: columns, then rows, vocabulary in units of 64."""
+    layers = {
+        i: _plan_layer(model, weights, rank, native, i)
+        for i in rank.parallel.layers(model, rank.stage)
+    }
+    vocabulary = len(rank.parallel.vocabulary(model, rank.tp_rank))
+
+    def table(name: str) -> MatrixPlan:
+        group = weights.group(model.hidden_size, native.get(name))
+        return MatrixPlan(name, vocabulary, model.hidden_size, group, 0, weights.dtype)
+
+    tied = model.tie_word_embeddings
+    embedding = head = None
+    if rank.is_first_stage or (tied and rank.is_last_stage):
+        embedding = table("model.embed_tokens.weight")
+    if rank.is_last_stage and not tied:
+        head = table("lm_head.weight")
+    norms = (2 * len(layers) + rank.is_last_stage) * model.hidden_size
+    return ModelPlan(layers, embedding, head, norms)
+
+
+def layer_tensor(layer: int, name: str) -> str:
+    """The checkpoint's name of a layer's matrix, such as `self_attn.q_proj`."""
+    return f"model.layers.{layer}.{name}.weight"
+
+
+def _plan_layer(
+    model: ModelConfig, weights: WeightFormat, rank: Rank, native: NativeGroups, layer: int
+) -> LayerPlan:
+    parallel, tp = rank.parallel, rank.tp_rank
+    hidden, dim = model.hidden_size, model.head_dim
+    query, kv = parallel.query_heads(model, tp), parallel.kv_heads(model, tp)
+    channels = parallel.ffn_channels(model, tp)
+
+    def matrix(pieces: tuple[str, ...], rows: int, cut: range, columns: int) -> MatrixPlan:
+        """A matrix fused from checkpoint tensors of `columns`, of which the rank holds `cut`."""
+        natives = {native.get(layer_tensor(layer, piece)) for piece in pieces}
+        group = weights.group(columns, natives.pop() if len(natives) == 1 else None)
+        offset = cut.start % group if group else 0
+        name = layer_tensor(layer, "+".join(pieces))
+        return MatrixPlan(name, rows, len(cut), group, offset, weights.dtype)
+
+    whole = range(hidden)
+    heads = range(query.start * dim, query.stop * dim)
+    return LayerPlan(
+        qkv=matrix(QKV, (len(query) + 2 * len(kv)) * dim, whole, hidden),
+        output=matrix(("self_attn.o_proj",), hidden, heads, model.query_size),
+        gate_up=matrix(GATE_UP, 2 * len(channels), whole, hidden),
+        down=matrix(("mlp.down_proj",), hidden, channels, model.intermediate_size),
+    )
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """The largest step an engine will run, and how long a context may grow."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    block_size: int
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Width of the block table."""
+        return -(-self.max_model_len // self.block_size)
+
+
+def plan_step_buffers(
+    model: ModelConfig, dtype: str, rank: Rank, step: StepShape
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arena: name -> (shape, dtype) of every buffer a step uses on one rank."""
+    tokens, rows, parallel, tp = step.max_num_batched_tokens, step.max_num_seqs, rank.parallel, rank.tp_rank
+    heads = len(parallel.query_heads(model, tp))
+    channels = len(parallel.ffn_channels(model, tp))
+    buffers: dict[str, tuple[tuple[int, ...], str]] = {
+        "token_ids": ((tokens,), "int64"),
+        "positions": ((tokens,), "int64"),
+        "slots": ((tokens,), "int64"),
+        "query_start": ((rows + 1,), "int32"),
+        "context_len": ((rows,), "int32"),
+        "block_table": ((rows, step.blocks_per_row), "int32"),
+        "last_token": ((rows,), "int64"),
+        "residual": ((tokens, model.hidden_size), "float32"),
+        "delta": ((tokens, model.hidden_size), "float32"),
+        "query": ((tokens, heads, model.head_dim), dtype),
+        "attended": ((tokens, heads, model.head_dim), dtype),
+        "activated": ((tokens, channels), dtype),
+        "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
+    }
+    if rank.is_last_stage:
+        buffers["sampled"] = ((rows,), "int64")
+        buffers["logits"] = ((rows, model.vocab_size), "float32")
+        if parallel.tensor_parallel_size > 1:
+            vocabulary = len(parallel.vocabulary(model, tp))
+            buffers["logits_shard"] = ((rows, vocabulary), "float32")
+    return buffers
+
+
+def buffer_bytes(buffers: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
+    """Bytes of an arena."""
+    return sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in buffers.values())
+
+
+def kv_block_bytes(model: ModelConfig, dtype: str, rank: Rank, block_size: int) -> int:
+    """Bytes of one KV block over all the layers and heads of a rank."""
+    layers = len(rank.parallel.layers(model, rank.stage))
+    heads = len(rank.parallel.kv_heads(model, rank.tp_rank))
+    return layers * 2 * heads * block_size * model.head_dim * ITEM_BYTES[dtype]
+
+
+def kv_token_bytes(model: ModelConfig, dtype: str) -> int:
+    """Bytes of KV that one token of context takes over the whole model."""
+    return kv_block_bytes(model, dtype, Rank(), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankBudget:
+    """Everything one rank allocates, in bytes."""
+
+    model: ModelPlan
+    step: StepShape
+    num_blocks: int
+    kv_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, scales, KV pool and step buffers."""
+        return self.model.weight_bytes + self.model.scale_bytes + self.kv_bytes + self.activation_bytes
+
+
+def plan_rank(
+    model: ModelConfig,
+    config: EngineConfig,
+    rank: Rank,
+    native: NativeGroups,
+    available_bytes: int,
+) -> RankBudget:
+    """Size the KV pool and, for `max_model_len="auto"`, the context, to the memory budget.
+
+    Raises CapacityError, with the largest context that fits, when one request of the asked
+    length does not.
+    """
+    weights = plan_model(model, config.weights, rank, native)
+    asked = model.max_position if config.max_model_len == "auto" else config.max_model_len
+    block_bytes = kv_block_bytes(model, config.dtype, rank, config.block_size)
+
+    def activations(length: int) -> tuple[StepShape, int]:
+        step = StepShape(
+            config.max_num_batched_tokens, config.max_num_seqs, length, config.block_size
+        )
+        return step, buffer_bytes(plan_step_buffers(model, config.dtype, rank, step))
+
+    step, activation_bytes = activations(asked)
+    budget = config.kv_cache_memory_bytes
+    if budget is None:
+        budget = int(available_bytes * config.gpu_memory_utilization)
+        budget -= weights.weight_bytes + weights.scale_bytes + activation_bytes
+    blocks = max(0, min(budget // block_bytes, config.max_num_seqs * step.blocks_per_row))
+    if blocks < step.blocks_per_row:
+        largest = blocks * config.block_size
+        if config.max_model_len != "auto" or largest < config.block_size:
+            raise CapacityError(_does_not_fit(config, asked, largest, budget, block_bytes, weights))
+        step, activation_bytes = activations(largest)
+    return RankBudget(weights, step, blocks, blocks * block_bytes, activation_bytes)
+
+
+def _does_not_fit(
+    config: EngineConfig, asked: int, largest: int, budget: int, block_bytes: int, model: ModelPlan
+) -> str:
+    needed = -(-asked // config.block_size) * block_bytes
+    fits = f"--max-model-len {largest} is the largest that does" if largest > 0 else "no context does"
+    return (
+        f"a context of {asked} tokens needs {needed:,} bytes of KV cache, but {max(budget, 0):,} are "
+        f"left for it beside {model.weight_bytes + model.scale_bytes:,} of weights; {fits}; "
+        "or raise --gpu-memory-utilization or --kv-cache-memory-bytes"
+    )
+
+
+def step_read_bytes(plan: ModelPlan) -> int:
+    """Weights and scales one decoding step reads: all but an embedding that is not also the head."""
+    lookup_only = plan.embedding if plan.head is not None else None
+    unread = lookup_only.weight_bytes + lookup_only.scale_bytes if lookup_only else 0
+    return plan.weight_bytes + plan.scale_bytes - unread
+
+
+def available_host_bytes() -> int:
+    """Memory this process could still take: the kernel's estimate, within the cgroup's limit."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _read_lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = "".join(_read_lines(Path("/sys/fs/cgroup/memory.max")))
+    used = "".join(_read_lines(Path("/sys/fs/cgroup/memory.current")))
+    if limit.isdigit() and used.isdigit():
+        available = min(available, int(limit) - int(used))
+    return available
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # not this kind of system
+        return []

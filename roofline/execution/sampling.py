@@ -1,0 +1,146 @@
+"""From logits to tokens: masks, penalties, truncation, and counter-based noise.
+
+A token depends on its own logits, its request's parameters, seed and position, and on nothing
+else: noise[v] = Gumbel(Philox(key = seed, counter = (position, v))), token = argmax of
+logits / temperature + noise over the tokens allowed, the lowest id winning ties.
+Order of steps as vLLM's sampler; logprobs are of the raw logits.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from roofline.request import TokenLogprobs
+from roofline.scheduling.plan import RowStart
+
+
+class RowSampler:
+    """The sampling state of one row: its parameters, and its tokens where those need them."""
+
+    def __init__(self, start: RowStart) -> None:
+        self.params = start
+        self.history = list(start.history)  # prompt and output, where the plan says they are needed
+
+    def sample(self, logits: Tensor, position: int) -> int:
+        """The token at `position` from logits [V] float32, which are overwritten."""
+        token = self._choose(logits, position)
+        if self.history:
+            self.history.append(token)
+        return token
+
+    def _choose(self, logits: Tensor, position: int) -> int:
+        params = self.params
+        _restrict(logits, params)
+        unmasked = logits.clone() if params.stop_ids or params.bad_words else logits
+        _forbid(logits, params, self.history, position)
+        if logits.max() == -torch.inf:  # nothing is left: what must come beats what may not
+            logits = unmasked
+        _penalize(logits, params, self.history)
+        if params.temperature == 0:
+            return lowest_argmax(logits)
+        logits /= params.temperature
+        _truncate(logits, params)
+        allowed = torch.nonzero(logits > -torch.inf).squeeze(1)
+        noise = gumbel(params.seed, position, allowed.numpy())
+        return int(allowed[lowest_argmax(logits[allowed] + torch.from_numpy(noise))])
+
+
+def lowest_argmax(values: Tensor) -> int:
+    """The first index of the largest value of a vector."""
+    return int(torch.nonzero(values == values.max())[0])
+
+
+def gumbel(seed: int, position: int, tokens: "np.ndarray") -> "np.ndarray":
+    """Standard Gumbel noise [n] float32 for token ids [n] at a position.
+
+    The exponential draw is -log(1 - u) with u = (word + 1/2) / 2**32: finest where the noise is
+    largest, which is what an argmax looks at.
+    """
+    words = philox(seed, position, tokens)
+    uniform = (words.astype(np.float64) + 0.5) * 2.0**-32
+    return (-np.log(-np.log1p(-uniform))).astype(np.float32)
+
+
+def philox(seed: int, position: int, tokens: "np.ndarray") -> "np.ndarray":
+    """First word [n] of Philox4x32-10 (Salmon et al. 2011), counter (position, token, 0, 0)."""
+    low = np.uint64(0xFFFFFFFF)
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    counter = [
+        np.full(len(tokens), position, np.uint64),
+        tokens.astype(np.uint64),
+        np.zeros(len(tokens), np.uint64),
+        np.zeros(len(tokens), np.uint64),
+    ]
+    for _ in range(10):
+        first = counter[0] * np.uint64(0xD2511F53)
+        second = counter[2] * np.uint64(0xCD9E8D57)
+        counter = [
+            (second >> np.uint64(32)) ^ counter[1] ^ np.uint64(key[0]),
+            second & low,
+            (first >> np.uint64(32)) ^ counter[3] ^ np.uint64(key[1]),
+            first & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter[0]
+
+
+def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Log-probabilities of a token and of the `count` likeliest, from raw logits [V]."""
+    raw = torch.log_softmax(logits, dim=0)
+    chosen = float(raw[token])
+    rank = int((raw > raw[token]).sum()) + 1
+    values, ids = torch.topk(raw, count) if count else (raw[:0], raw[:0])
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token, chosen, rank, top)
+
+
+def _restrict(logits: Tensor, params: RowStart) -> None:
+    """Leave only the tokens allowed, and add the biases asked for."""
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids)
+        kept = logits[allowed]
+        logits.fill_(-torch.inf)
+        logits[allowed] = kept
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+
+
+def _forbid(
+    logits: Tensor, params: RowStart, history: Sequence[int], position: int
+) -> None:
+    """Take out stop tokens before min_tokens, and what would complete a bad word."""
+    if params.stop_ids and position - params.num_prompt < params.min_tokens:
+        logits[torch.tensor(params.stop_ids)] = -torch.inf
+    for word in params.bad_words:
+        before = len(word) - 1
+        if not before or tuple(history[-before:]) == word[:-1]:
+            logits[word[-1]] = -torch.inf
+
+
+def _penalize(logits: Tensor, params: RowStart, history: Sequence[int]) -> None:
+    """Repetition (Keskar et al. 2019) over prompt and output; presence, frequency over output."""
+    factor = params.repetition_penalty
+    if factor != 1:
+        seen = torch.tensor(sorted(set(history)))
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / factor, values * factor)
+    if params.frequency_penalty or params.presence_penalty:
+        output = torch.tensor(history[params.num_prompt :], dtype=torch.int64)
+        ids, counts = torch.unique(output, return_counts=True)
+        logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _truncate(logits: Tensor, params: RowStart) -> None:
+    """Set to -inf what min_p, top_k and top_p leave out; ties at the border stay in."""
+    if params.min_p > 0:
+        probabilities = torch.softmax(logits, dim=0)
+        logits[probabilities < params.min_p * probabilities.max()] = -torch.inf
+    if 0 < params.top_k < len(logits):
+        logits[logits < torch.topk(logits, params.top_k).values[-1]] = -torch.inf
+    if params.top_p < 1:
+        ordered, ids = torch.sort(logits, descending=True, stable=True)
+        probabilities = torch.softmax(ordered, dim=0)
+        before = probabilities.cumsum(dim=0) - probabilities  # mass above each token
+        logits[ids[before >= params.top_p]] = -torch.inf

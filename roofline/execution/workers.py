@@ -1,0 +1,65 @@
+"""The workers that run plans: loading a model onto a rank, and the group that is this process."""
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from roofline.budget import available_host_bytes, plan_rank, plan_step_buffers
+from roofline.config import EngineConfig
+from roofline.execution import arena, kv_cache
+from roofline.execution.runner import ModelRunner
+from roofline.models.checkpoints import Checkpoint
+from roofline.models.decoder import Decoder
+from roofline.models.layers import Source
+from roofline.ops.reference import ReferenceOps
+from roofline.parallel.mesh import Mesh
+from roofline.scheduling.plan import StepPlan, StepResult
+
+
+class InProcessWorkers:
+    """One rank in this process; a submitted plan runs at once."""
+
+    max_in_flight = 1
+
+    def __init__(
+        self, config: EngineConfig, checkpoint: Checkpoint, progress: Callable[[str], None]
+    ) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        model, mesh = checkpoint.config, Mesh.single()
+        native, available = checkpoint.native_groups, available_host_bytes()
+        self.budget = budget = plan_rank(model, config, mesh.rank, native, available)
+        self._decoder = Decoder(model, budget.model, mesh, Source(checkpoint, progress))
+        self._kv_pool = kv_cache.allocate(
+            model, config.dtype, mesh.rank, budget.num_blocks, config.block_size
+        )
+        buffers = plan_step_buffers(model, config.dtype, mesh.rank, budget.step)
+        self._arena = arena.allocate(buffers)
+        ops = ReferenceOps(getattr(torch, config.dtype))
+        self._runner = ModelRunner(self._decoder, ops, self._kv_pool, self._arena)
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        """Run a plan."""
+        self._results.append(self._runner.run(plan))
+
+    def collect(self) -> StepResult:
+        """The result of the oldest plan not yet collected."""
+        return self._results.popleft()
+
+    def storage_bytes(self) -> dict[str, int]:
+        """Bytes of the storages this rank owns, counted from the tensors themselves."""
+        weights = self._decoder.tensors()
+        scales = [tensor for name, tensor in weights.items() if name.endswith(".scales")]
+        values = [tensor for name, tensor in weights.items() if not name.endswith(".scales")]
+        return {
+            "weights": arena.storage_bytes(values),
+            "scales": arena.storage_bytes(scales),
+            "kv": arena.storage_bytes([self._kv_pool]),
+            "activations": arena.storage_bytes(self._arena.values()),
+        }
+
+    def close(self) -> None:
+        """Drop weights, pool and buffers."""
+        del self._runner, self._decoder, self._kv_pool, self._arena

@@ -1,0 +1,289 @@
+"""A llama GGUF file as a checkpoint: its config, and its tensors by canonical name.
+
+What llama.cpp renames and reorders when it converts a model is undone here. No parsing of bytes
+(that is `gguf` and `gguf_dequantize`) and no tokenizer rules.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roofline.budget import layer_tensor
+from roofline.config import ARCHITECTURES, ModelConfig, RopeScaling
+from roofline.errors import CheckpointError, RooflineError, UnsupportedError
+from roofline.models.checkpoints.gguf import GGUFFile, Value, described, quoted
+from roofline.models.checkpoints.gguf_dequantize import Q8_0_GROUP_SIZE, dequantize, q8_0_groups
+
+
+class GGUFCheckpoint:
+    """An open GGUF model; every tensor its config calls for is there, in the right shape."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._gguf = GGUFFile(path)
+        self.file: Path = self._gguf.path
+        self.config: ModelConfig = read_config(self._gguf)
+        self._sources = _sources(self.config)
+        _check_tensors(self._gguf, self._sources)
+        self.native_groups: Mapping[str, int] = {
+            name: Q8_0_GROUP_SIZE
+            for name, source in self._sources.items()
+            if len(source.shape) == 2 and self._gguf.tensors[source.gguf_name].type == "Q8_0"
+        }
+
+    @property
+    def tokenizer_metadata(self) -> Mapping[str, Value]:
+        """The file's metadata, of which the keys `tokenizer.*` describe its tokenizer."""
+        return self._gguf.metadata
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return every tensor's shape by canonical name: [N, K], or [H] for a norm."""
+        return {name: source.shape for name, source in self._sources.items()}
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Return a tensor as float32 [N, K] or [H], in memory of its own."""
+        source = self._sources[name]
+        info = self._gguf.tensors[source.gguf_name]
+        values = dequantize(self._gguf.raw(info.name), info.type, math.prod(info.shape))
+        return source.half_split(values.reshape(info.shape))
+
+    def read_int8(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Return a tensor of `native_groups`: int8 [N, K] and float32 scales [N, K / 32]."""
+        source = self._sources[name]
+        rows, columns = source.shape
+        try:
+            values, scales = q8_0_groups(self._gguf.raw(source.gguf_name), rows, columns)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.file}: {source.gguf_name}: {error.message}") from None
+        return source.half_split(values), source.half_split(scales)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._gguf.close()
+
+
+def read_config(file: GGUFFile) -> ModelConfig:
+    """Return the model's config; what would change its answers unseen is refused by name."""
+    architecture = file.require("general.architecture", str)
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{file.path}: architecture {quoted(architecture)} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    _refuse_what_is_not_done(file)
+    heads = file.require("llama.attention.head_count", int)
+    kv_heads = file.get("llama.attention.head_count_kv", int)
+    head_dim = _head_dim(file, heads)
+    theta = file.get("llama.rope.freq_base", float)
+    build = functools.partial(
+        ModelConfig,
+        hidden_size=file.require("llama.embedding_length", int),
+        intermediate_size=file.require("llama.feed_forward_length", int),
+        num_layers=file.require("llama.block_count", int),
+        num_heads=heads,
+        num_kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        vocab_size=_vocab_size(file),
+        max_position=file.require("llama.context_length", int),
+        rms_norm_eps=file.require("llama.attention.layer_norm_rms_epsilon", float),
+        rope_theta=_DEFAULT_ROPE_THETA if theta is None else theta,
+        tie_word_embeddings=_HEAD not in file.tensors,
+        rope_scaling=_rope_scaling(file),
+        rope_factors=_rope_factors(file, head_dim),
+        architecture=architecture,
+        bos_token_id=file.get("tokenizer.ggml.bos_token_id", int),
+        eos_token_ids=_eos_token_ids(file),
+    )
+    try:
+        return build()
+    except RooflineError as error:  # of a config that does not know its file
+        raise type(error)(f"{file.path}: {error.message}") from None
+
+
+def _refuse_what_is_not_done(file: GGUFFile) -> None:
+    for key, neutral in _NEUTRAL.items():
+        value = file.metadata.get(key)
+        scalar = isinstance(value, bool | int | float | str)
+        if value is not None and not (scalar and value in neutral):
+            raise UnsupportedError(
+                f"{file.path}: {key} is {described(value)}, which is not supported; "
+                f"supported: {neutral[0]}, or no such key"
+            )
+
+
+def _head_dim(file: GGUFFile, heads: int) -> int:
+    head_dim = file.get("llama.attention.key_length", int)
+    if head_dim is None:
+        hidden = file.require("llama.embedding_length", int)
+        if heads < 1 or hidden % heads:
+            raise CheckpointError(
+                f"{file.path}: llama.embedding_length {hidden} is not a multiple of "
+                f"llama.attention.head_count {heads}, and llama.attention.key_length is missing"
+            )
+        head_dim = hidden // heads
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        size = file.get(key, int)
+        if size is not None and size != head_dim:
+            raise UnsupportedError(
+                f"{file.path}: {key} {size} is not supported; supported: the head size, {head_dim}"
+            )
+    return head_dim
+
+
+def _vocab_size(file: GGUFFile) -> int:
+    stated = file.get("llama.vocab_size", int)
+    tokens = file.get("tokenizer.ggml.tokens", list)
+    if stated is not None and tokens is not None and stated != len(tokens):
+        raise CheckpointError(
+            f"{file.path}: llama.vocab_size is {stated}, "
+            f"but tokenizer.ggml.tokens has {len(tokens)} entries"
+        )
+    if stated is not None:
+        return stated
+    if tokens is not None:
+        return len(tokens)
+    embedding = file.tensors.get(_EMBEDDING)
+    if embedding is None:
+        raise CheckpointError(f"{file.path}: tensor {quoted(_EMBEDDING)} is missing")
+    return embedding.shape[0]
+
+
+def _rope_scaling(file: GGUFFile) -> RopeScaling | None:
+    """Return linear scaling or none; a factor without a type is linear, as in llama.cpp."""
+    kind = file.get("llama.rope.scaling.type", str) or "linear"
+    if kind not in ("none", "linear"):
+        raise UnsupportedError(
+            f"{file.path}: llama.rope.scaling.type {quoted(kind)} is not supported; "
+            "supported: none, linear, and llama3 as a rope_freqs.weight tensor"
+        )
+    factor = file.get("llama.rope.scaling.factor", float)
+    if factor is None:
+        factor = file.get("llama.rope.scale_linear", float)
+    if kind == "none" or factor is None or factor in (0.0, 1.0):
+        return None
+    return RopeScaling("linear", factor)
+
+
+def _rope_factors(file: GGUFFile, head_dim: int) -> tuple[float, ...] | None:
+    info = file.tensors.get(_ROPE_FACTORS)
+    if info is None:
+        return None
+    _check_shape(file, _ROPE_FACTORS, (head_dim // 2,))
+    return tuple(dequantize(file.raw(info.name), info.type, head_dim // 2).tolist())
+
+
+def _eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
+    """Return every id that ends an answer: of the text, of a turn, of a message."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    ids = (file.get(key, int) for key in keys)
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a canonical tensor comes from."""
+
+    gguf_name: str
+    shape: tuple[int, ...]
+    rotary_heads: int = 0  # heads whose rows are in interleaved rotary order; 0: rows in order
+
+    def half_split(self, rows: np.ndarray) -> np.ndarray:
+        """Bring rows [N, K] from interleaved to half-split rotary order.
+
+        llama.cpp rotates rows 2i and 2i + 1 of a head together, Hugging Face rows i and
+        i + head_dim / 2; its converter (`LlamaModel.permute`) moves the rows of Q and K.
+        """
+        if not self.rotary_heads:
+            return rows
+        pairs = rows.reshape(self.rotary_heads, -1, 2, rows.shape[1])  # [heads, head_dim / 2, 2, K]
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _sources(config: ModelConfig) -> dict[str, _Source]:
+    """Return every tensor the config calls for, by canonical name."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    query, kv, table = config.query_size, config.kv_size, (config.vocab_size, hidden)
+    sources = {
+        "model.embed_tokens.weight": _Source(_EMBEDDING, table),
+        "model.norm.weight": _Source("output_norm.weight", (hidden,)),
+    }
+    if not config.tie_word_embeddings:
+        sources["lm_head.weight"] = _Source(_HEAD, table)
+    layer = {
+        "input_layernorm": _Source("attn_norm", (hidden,)),
+        "self_attn.q_proj": _Source("attn_q", (query, hidden), config.num_heads),
+        "self_attn.k_proj": _Source("attn_k", (kv, hidden), config.num_kv_heads),
+        "self_attn.v_proj": _Source("attn_v", (kv, hidden)),
+        "self_attn.o_proj": _Source("attn_output", (hidden, query)),
+        "post_attention_layernorm": _Source("ffn_norm", (hidden,)),
+        "mlp.gate_proj": _Source("ffn_gate", (ffn, hidden)),
+        "mlp.up_proj": _Source("ffn_up", (ffn, hidden)),
+        "mlp.down_proj": _Source("ffn_down", (hidden, ffn)),
+    }
+    for i in range(config.num_layers):
+        for name, source in layer.items():
+            gguf_name = f"blk.{i}.{source.gguf_name}.weight"
+            sources[layer_tensor(i, name)] = replace(source, gguf_name=gguf_name)
+    return sources
+
+
+def _check_tensors(file: GGUFFile, sources: Mapping[str, _Source]) -> None:
+    """Refuse a file whose tensors are not exactly those of its config."""
+    expected = {source.gguf_name: source.shape for source in sources.values()}
+    missing = [name for name in expected if name not in file.tensors]
+    if missing:
+        raise CheckpointError(f"{file.path}: {_listed(missing)} missing")
+    extra = [name for name in file.tensors if name not in expected and name != _ROPE_FACTORS]
+    biases = [name for name in extra if name.endswith(".bias")]
+    if biases:
+        raise UnsupportedError(
+            f"{file.path}: {_listed(biases)} not supported; supported: linear layers without bias"
+        )
+    if extra:
+        raise CheckpointError(f"{file.path}: {_listed(extra)} no part of the model it describes")
+    for name, shape in expected.items():
+        _check_shape(file, name, shape)
+
+
+def _check_shape(file: GGUFFile, name: str, shape: tuple[int, ...]) -> None:
+    found = file.tensors[name].shape
+    if found != shape:
+        raise CheckpointError(
+            f"{file.path}: tensor {quoted(name)} has shape {list(found)}, "
+            f"but its metadata makes that {list(shape)}"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    """Return "tensor 'a' is", or "tensors 'a', 'b', 'c' and 9 more are"."""
+    shown = ", ".join(map(quoted, names[:3])) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
+
+
+_DEFAULT_ROPE_THETA = 10000.0
+_EMBEDDING, _HEAD, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+
+# Keys that change the answer when they hold anything else.
+_NEUTRAL: dict[str, tuple[Value, ...]] = {
+    "general.type": ("model",),
+    "split.count": (1, 0),
+    "llama.expert_count": (0,),
+    "llama.attention.causal": (True,),
+    "llama.attention.sliding_window": (0,),
+    "llama.attention.scale": (0.0,),
+    "llama.attention.clamp_kqv": (0.0,),
+    "llama.attention.max_alibi_bias": (0.0,),
+    "llama.attn_logit_softcapping": (0.0,),
+    "llama.final_logit_softcapping": (0.0,),
+    "llama.embedding_scale": (1.0, 0.0),
+    "llama.residual_scale": (1.0, 0.0),
+    "llama.logit_scale": (1.0, 0.0),
+    "llama.rope.scaling.attn_factor": (1.0,),
+}

@@ -1,0 +1,123 @@
+"""Layers that cut their own shard from a checkpoint: matrices, norms, the token table.
+
+Each loads what its rank holds, quantising tensor by tensor; at any time the result and at most
+two float tensors are in memory. No forward pass lives here: the decoder calls the ops.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from roofline.budget import GATE_UP, QKV, LayerPlan, MatrixPlan, Rank, layer_tensor
+from roofline.config import ModelConfig
+from roofline.models.checkpoints import Checkpoint
+from roofline.ops import FloatWeight, Int8Weight, Weight
+from roofline.quantization.int8_groups import cut_columns, quantize
+
+Progress = Callable[[str], None]  # told the name of each tensor loaded
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tensors come from, and who wants to know of each."""
+
+    checkpoint: Checkpoint
+    progress: Progress
+
+    def norm(self, name: str) -> Tensor:
+        """An RMSNorm weight [H], float32."""
+        self.progress(name)
+        return torch.as_tensor(self.checkpoint.read(name)).float().clone()
+
+    def rows_into(self, name: str, rows: range, columns: range | None, out: Weight) -> None:
+        """Load the rank's rows and columns (None: all) of a tensor into `out`, in its format."""
+        self.progress(name)
+        picked = slice(rows.start, rows.stop)
+        if isinstance(out, FloatWeight):
+            values = torch.as_tensor(self.checkpoint.read(name))[picked]
+            cut = slice(None) if columns is None else slice(columns.start, columns.stop)
+            out.values.copy_(values[:, cut])
+            return
+        weight = self._int8(name, picked, out.group)
+        if columns is not None:
+            weight = cut_columns(weight, columns)
+        out.values.copy_(weight.values)
+        out.scales.copy_(weight.scales)
+
+    def _int8(self, name: str, rows: slice, group: int) -> Int8Weight:
+        if self.checkpoint.native_groups.get(name) == group:
+            values, scales = map(torch.as_tensor, self.checkpoint.read_int8(name))
+            return Int8Weight(values[rows], scales[rows], group, 0)
+        return quantize(torch.as_tensor(self.checkpoint.read(name))[rows], group, name)
+
+
+def allocate(plan: MatrixPlan) -> Weight:
+    """An unfilled matrix as planned."""
+    if not plan.group:
+        return FloatWeight(torch.empty(plan.rows, plan.columns, dtype=getattr(torch, plan.dtype)))
+    values = torch.empty(plan.rows, plan.columns, dtype=torch.int8)
+    return Int8Weight(values, torch.empty(plan.rows, plan.groups), plan.group, plan.offset)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer on one rank."""
+
+    attention_norm: Tensor  # [H] float32
+    qkv: Weight  # [(Hq + 2 Hkv) D, H], column parallel: heads
+    output: Weight  # [H, Hq D], row parallel
+    ffn_norm: Tensor  # [H] float32
+    gate_up: Weight  # [2 F, H], column parallel: channels
+    down: Weight  # [H, F], row parallel
+
+
+def load_layer(
+    source: Source, model: ModelConfig, rank: Rank, plan: LayerPlan, layer: int
+) -> LayerWeights:
+    """Load and cut one layer."""
+    parallel, tp, dim = rank.parallel, rank.tp_rank, model.head_dim
+    query, kv = parallel.query_heads(model, tp), parallel.kv_heads(model, tp)
+    queries = range(query.start * dim, query.stop * dim)
+    keys = range(kv.start * dim, kv.stop * dim)
+    channels = parallel.ffn_channels(model, tp)
+
+    def column_parallel(matrix: MatrixPlan, pieces: Sequence[tuple[str, range]]) -> Weight:
+        """Matrices one above the other, each cut by rows."""
+        fused, top = allocate(matrix), 0
+        for piece, rows in pieces:
+            part = _rows(fused, top, top + len(rows))
+            source.rows_into(layer_tensor(layer, piece), rows, None, part)
+            top += len(rows)
+        return fused
+
+    def row_parallel(matrix: MatrixPlan, piece: str, columns: range) -> Weight:
+        """A matrix cut by columns."""
+        weight = allocate(matrix)
+        source.rows_into(layer_tensor(layer, piece), range(matrix.rows), columns, weight)
+        return weight
+
+    return LayerWeights(
+        attention_norm=source.norm(layer_tensor(layer, "input_layernorm")),
+        qkv=column_parallel(plan.qkv, list(zip(QKV, (queries, keys, keys), strict=True))),
+        output=row_parallel(plan.output, "self_attn.o_proj", queries),
+        ffn_norm=source.norm(layer_tensor(layer, "post_attention_layernorm")),
+        gate_up=column_parallel(plan.gate_up, [(piece, channels) for piece in GATE_UP]),
+        down=row_parallel(plan.down, "mlp.down_proj", channels),
+    )
+
+
+def load_table(source: Source, model: ModelConfig, rank: Rank, plan: MatrixPlan) -> Weight:
+    """A table over the vocabulary (embedding or head), cut by token ids."""
+    table = allocate(plan)
+    source.rows_into(plan.name, rank.parallel.vocabulary(model, rank.tp_rank), None, table)
+    return table
+
+
+def _rows(weight: Weight, start: int, stop: int) -> Weight:
+    """A view of some rows."""
+    if isinstance(weight, FloatWeight):
+        return FloatWeight(weight.values[start:stop])
+    rows = slice(start, stop)
+    return Int8Weight(weight.values[rows], weight.scales[rows], weight.group, weight.offset)

@@ -1,0 +1,125 @@
+"""The contract of every op: signature, shapes, dtypes. A backend is one subclass of `Ops`.
+
+Every op writes into a required `out`; none allocates what outlives the call. A layer is six calls.
+T tokens of a step are ordered by row; R is the number of rows of the device-side tables, most of
+which may have no token in a step. `residual` and `delta` are float32 at every activation dtype.
+"""
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight matrix [N, K] in INT8 groups along K: w[n, k] = values[n, k] * scales[n, g(k)]."""
+
+    values: Tensor  # [N, K] int8
+    scales: Tensor  # [N, groups] float32
+    group: int  # columns that share a scale
+    offset: int  # columns of the first group that lie on another rank: g(k) = (k + offset) // group
+
+    @property
+    def rows(self) -> int:
+        """Output channels, N."""
+        return self.values.shape[0]
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """A weight matrix [N, K] of floats."""
+
+    values: Tensor  # [N, K] bfloat16 or float32
+
+    @property
+    def rows(self) -> int:
+        """Output channels, N."""
+        return self.values.shape[0]
+
+
+Weight = Int8Weight | FloatWeight
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step computes, as views of the arena; filled by `execution.inputs`."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, place of each token in its request
+    slots: Tensor  # [T] int64, block * block_tokens + place in the block, where its KV goes
+    query_start: Tensor  # [R + 1] int32, first token of each row
+    context_len: Tensor  # [R] int32, tokens of the row's request after this step
+    block_table: Tensor  # [R, B] int32
+
+
+class Ops(abc.ABC):
+    """What a backend computes at one activation dtype. `ops.reference` is the definition."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype  # of activations and KV; fixed here, never by the tokens of a step
+
+    @abc.abstractmethod
+    def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:
+        """Write rows `token_ids - first_id` of `table` [V, H] to out [T, H] float32; others zero."""
+
+    @abc.abstractmethod
+    def norm_qkv_rope_store(
+        self,
+        residual: Tensor,  # [T, H] float32, += delta
+        delta: Tensor | None,  # [T, H] float32
+        norm: Tensor,  # [H] float32
+        eps: float,
+        qkv: Weight,  # [(Hq + 2 Hkv) D, H]
+        rope: Tensor,  # [2, max_model_len, D / 2] float32: cosines, sines
+        inputs: StepInputs,
+        kv_pool: Tensor,  # [layers, 2, blocks, Hkv, block_tokens, D] activation dtype
+        layer: int,
+        out: Tensor,  # [T, Hq, D] activation dtype: rotated queries
+    ) -> None:
+        """RMSNorm, QKV projection, half-split RoPE, and the write of K and V to their slots."""
+
+    @abc.abstractmethod
+    def attention(
+        self,
+        query: Tensor,  # [T, Hq, D] activation dtype
+        kv_pool: Tensor,  # [layers, 2, blocks, Hkv, block_tokens, D]
+        layer: int,
+        block_table: Tensor,  # [R, B] int32
+        query_start: Tensor,  # [R + 1] int32
+        context_len: Tensor,  # [R] int32
+        scale: float,
+        window: int | None,  # tokens a query sees, itself included; None: all before it
+        out: Tensor,  # [T, Hq, D]
+    ) -> None:
+        """Causal attention of each row's last tokens over its paged context, KV blocks in order."""
+
+    @abc.abstractmethod
+    def linear(self, x: Tensor, weight: Weight, out: Tensor) -> None:
+        """Write x [T, K] times the transpose of weight [N, K] to out [T, N], accumulated in float32."""
+
+    @abc.abstractmethod
+    def norm_gate_up_swiglu(
+        self,
+        residual: Tensor,  # [T, H] float32, += delta
+        delta: Tensor,  # [T, H] float32
+        norm: Tensor,  # [H] float32
+        eps: float,
+        gate_up: Weight,  # [2 F, H]
+        out: Tensor,  # [T, F] activation dtype
+    ) -> None:
+        """RMSNorm, gate and up projections, silu(gate) * up."""
+
+    @abc.abstractmethod
+    def norm_head(
+        self,
+        residual: Tensor,  # [T, H] float32
+        delta: Tensor,  # [T, H] float32
+        sampled: Tensor,  # [S] int64, the tokens whose logits are wanted
+        norm: Tensor,  # [H] float32
+        eps: float,
+        head: Weight,  # [V, H]
+        out: Tensor,  # [S, V] float32: logits
+    ) -> None:
+        """RMSNorm of residual + delta at the sampled tokens, and the projection to the vocabulary."""

@@ -1,0 +1,224 @@
+"""Every op in plain PyTorch: the definition, the fallback and the oracle. Not fast, and always right.
+
+A token's bits do not depend on the other tokens of a step: linears run in zero-padded tiles of 16
+tokens, attention walks fixed spans of KV in order, and no function is used whose vector and scalar
+forms differ (torch.sigmoid is one; torch.exp is not).
+"""
+
+import torch
+from torch import Tensor
+
+from roofline.ops import FloatWeight, Int8Weight, Ops, StepInputs, Weight
+
+TILE_TOKENS = 16
+SPAN_TOKENS = 256  # KV positions attention reads at a time, rounded down to whole blocks
+SLAB_VALUES = 1 << 20  # weights dequantised at a time
+
+
+class ReferenceOps(Ops):
+    """Composed of torch primitives; float32 inside, whatever the activation dtype."""
+
+    def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:
+        """See `Ops.embed`."""
+        local = token_ids - first_id
+        here = (local >= 0) & (local < table.rows)
+        rows = local.clamp(0, table.rows - 1)
+        if isinstance(table, Int8Weight):
+            picked = Int8Weight(table.values[rows], table.scales[rows], table.group, table.offset)
+            values = dequantize(picked)
+        else:
+            values = table.values[rows].float()
+        out.copy_(values * here.unsqueeze(1))
+
+    def norm_qkv_rope_store(
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        norm: Tensor,
+        eps: float,
+        qkv: Weight,
+        rope: Tensor,
+        inputs: StepInputs,
+        kv_pool: Tensor,
+        layer: int,
+        out: Tensor,
+    ) -> None:
+        """See `Ops.norm_qkv_rope_store`."""
+        if delta is not None:
+            residual += delta
+        tokens, heads, dim = out.shape
+        kv_heads = kv_pool.shape[3]
+        x = rms_norm(residual, norm, eps).to(self.dtype)
+        mixed = multiply(x, qkv).view(tokens, heads + 2 * kv_heads, dim)
+        query, key, value = mixed.split([heads, kv_heads, kv_heads], dim=1)
+        cosines, sines = rope[:, inputs.positions].unsqueeze(2)  # [T, 1, D / 2]
+        out.copy_(rotate(query, cosines, sines))
+        block_tokens = kv_pool.shape[4]
+        block, place = inputs.slots // block_tokens, inputs.slots % block_tokens
+        kv_pool[layer, 0][block, :, place] = rotate(key, cosines, sines).to(self.dtype)
+        kv_pool[layer, 1][block, :, place] = value.to(self.dtype)
+
+    def attention(
+        self,
+        query: Tensor,
+        kv_pool: Tensor,
+        layer: int,
+        block_table: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        scale: float,
+        window: int | None,
+        out: Tensor,
+    ) -> None:
+        """See `Ops.attention`."""
+        starts, contexts = query_start.tolist(), context_len.tolist()
+        for row, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+            if start < stop:
+                blocks = block_table[row].long()
+                paged = kv_pool[layer]
+                mine = query[start:stop], contexts[row]
+                out[start:stop] = _attend(*mine, paged, blocks, scale, window).to(out.dtype)
+
+    def linear(self, x: Tensor, weight: Weight, out: Tensor) -> None:
+        """See `Ops.linear`."""
+        out.copy_(multiply(x, weight))
+
+    def norm_gate_up_swiglu(
+        self,
+        residual: Tensor,
+        delta: Tensor,
+        norm: Tensor,
+        eps: float,
+        gate_up: Weight,
+        out: Tensor,
+    ) -> None:
+        """See `Ops.norm_gate_up_swiglu`."""
+        residual += delta
+        x = rms_norm(residual, norm, eps).to(self.dtype)
+        gate, up = multiply(x, gate_up).chunk(2, dim=1)
+        out.copy_(gate / (1 + torch.exp(-gate)) * up)
+
+    def norm_head(
+        self,
+        residual: Tensor,
+        delta: Tensor,
+        sampled: Tensor,
+        norm: Tensor,
+        eps: float,
+        head: Weight,
+        out: Tensor,
+    ) -> None:
+        """See `Ops.norm_head`."""
+        x = rms_norm(residual[sampled] + delta[sampled], norm, eps).to(self.dtype)
+        out.copy_(multiply(x, head))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, H] over its root mean square, times weight [H] (Zhang and Sennrich 2019), float32."""
+    mean_square = x.pow(2).mean(dim=-1, keepdim=True)
+    return x / torch.sqrt(mean_square + eps) * weight
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary embedding of x [T, heads, D], halves paired (Su et al. 2021, as in GPT-NeoX)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+
+
+def dequantize(weight: Int8Weight) -> Tensor:
+    """The matrix [N, K] in float32: values times the scale of their group."""
+    out = weight.values.float()
+    columns, group = out.shape[1], weight.group
+    lead = min((group - weight.offset) % group, columns)  # columns of a first group cut short
+    whole = (columns - lead) // group
+    first = int(lead > 0)
+    if lead:
+        out[:, :lead] *= weight.scales[:, :1]
+    if whole:
+        groups = out[:, lead : lead + whole * group].unflatten(1, (whole, group))
+        groups *= weight.scales[:, first : first + whole].unsqueeze(2)
+    if lead + whole * group < columns:
+        out[:, lead + whole * group :] *= weight.scales[:, first + whole :]
+    return out
+
+
+def multiply(x: Tensor, weight: Weight) -> Tensor:
+    """x [T, K] times the transpose of weight [N, K]: [T, N] float32, in tiles of 16 tokens."""
+    tokens, columns = x.shape
+    tiles = -(-tokens // TILE_TOKENS)
+    padded = torch.zeros(tiles, TILE_TOKENS, columns)
+    padded.view(-1, columns)[:tokens] = x
+    result = torch.empty(tiles, TILE_TOKENS, weight.rows)
+    slab = max(1, SLAB_VALUES // columns)
+    for start in range(0, weight.rows, slab):
+        stop = min(start + slab, weight.rows)
+        matrix = _float_rows(weight, start, stop).t()
+        for tile in range(tiles):
+            torch.mm(padded[tile], matrix, out=result[tile, :, start:stop])
+    return result.view(-1, weight.rows)[:tokens]
+
+
+def _float_rows(weight: Weight, start: int, stop: int) -> Tensor:
+    if isinstance(weight, FloatWeight):
+        return weight.values[start:stop].float()
+    rows = slice(start, stop)
+    return dequantize(Int8Weight(weight.values[rows], weight.scales[rows], weight.group, weight.offset))
+
+
+def _attend(
+    query: Tensor,  # [n, Hq, D], the last n tokens of the context
+    context: int,
+    paged: Tensor,  # [2, blocks, Hkv, block_tokens, D]
+    blocks: Tensor,  # [B] int64
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Online softmax over spans of KV (Dao et al. 2022), [n, Hq, D] float32."""
+    tokens, heads, dim = query.shape
+    kv_heads, block_tokens = paged.shape[2:4]
+    tiles, group = -(-tokens // TILE_TOKENS), heads // kv_heads
+    padded = torch.zeros(tiles * TILE_TOKENS, heads, dim)
+    padded[:tokens] = query
+    # [tiles * Hkv, group * 16, D]: the query heads of a KV head share its keys
+    shape = (tiles, TILE_TOKENS, kv_heads, group, dim)
+    rows = padded.view(shape).permute(0, 2, 3, 1, 4).reshape(tiles * kv_heads, -1, dim)
+    position = torch.arange(tiles * TILE_TOKENS) + (context - tokens)
+    position = position.view(tiles, 1, 1, TILE_TOKENS, 1)
+
+    highest = torch.full((*rows.shape[:2], 1), -torch.inf)
+    total, mixed = torch.zeros_like(highest), torch.zeros_like(rows)
+    span_blocks = max(1, SPAN_TOKENS // block_tokens)
+    for first in range(0, -(-context // block_tokens), span_blocks):
+        keys, values, place = _span(paged, blocks, first, span_blocks, context)
+        keys, values = (kv.expand(tiles, -1, -1, -1).flatten(0, 1) for kv in (keys, values))
+        scores = torch.bmm(rows, keys.transpose(1, 2)) * scale
+        seen = place <= position
+        if window is not None:
+            seen &= place > position - window
+        seen = seen.expand(tiles, kv_heads, group, TILE_TOKENS, -1).reshape(scores.shape)
+        scores.masked_fill_(~seen, -torch.inf)
+        higher = torch.maximum(highest, scores.amax(dim=2, keepdim=True))
+        finite = higher.clamp(min=torch.finfo(torch.float32).min)  # a span may be all masked
+        weights, keep = torch.exp(scores - finite), torch.exp(highest - finite)
+        total = total * keep + weights.sum(dim=2, keepdim=True)
+        mixed = mixed * keep + torch.bmm(weights, values)
+        highest = higher
+    attended = (mixed / total).view(tiles, kv_heads, group, TILE_TOKENS, dim)
+    return attended.permute(0, 3, 1, 2, 4).reshape(-1, heads, dim)[:tokens]
+
+
+def _span(
+    paged: Tensor, blocks: Tensor, first: int, span_blocks: int, context: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [1, Hkv, span, D] float32 of a span of blocks, and its positions [span].
+
+    Always the same shape: past the table block 0 stands in, and values past the context are zero.
+    """
+    block_tokens = paged.shape[3]
+    chosen = torch.zeros(span_blocks, dtype=torch.int64)
+    listed = blocks[first : first + span_blocks]
+    chosen[: len(listed)] = listed
+    keys, values = paged[:, chosen].transpose(2, 1).flatten(2, 3).float().unsqueeze(1)
+    place = torch.arange(span_blocks * block_tokens) + first * block_tokens
+    values.masked_fill_((place >= context).view(1, 1, -1, 1), 0.0)
+    return keys, values, place

@@ -1,0 +1,1 @@
+"""Ranks: their places (mesh) and how they speak (collectives)."""

@@ -1,0 +1,1 @@
+"""Weight formats: how floats become integers and back."""

@@ -1,0 +1,1 @@
+"""What the next step computes, and where its KV lies: plans, blocks, the scheduler; integers."""

@@ -1,0 +1,182 @@
+"""The tokenizer of a model: text to ids, ids to text, messages to ids.
+
+Byte-level BPE by the `tokenizers` library. Where vocabularies come from is in `gguf_vocabulary` and
+`folder_vocabulary`; how messages are kept from forging special tokens is in `placeholders`.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import tokenizers
+
+from roofline.errors import RequestError
+from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
+from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
+from roofline.tokenizer.placeholders import SpecialTexts, render_untrusted
+from roofline.tokenizer.vocabulary import BYTE_OF_CHARACTER, Vocabulary
+
+
+class Tokenizer:
+    """Encodes and decodes for one model. Safe to share between threads."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocab_size = vocabulary.size
+        self.bos_token_id = vocabulary.bos_token_id
+        self.eos_token_ids = vocabulary.eos_token_ids
+        self.adds_bos = vocabulary.bos_token_id in vocabulary.prefix
+        self._prefix, self._suffix = vocabulary.prefix, vocabulary.suffix
+        self._parsing = vocabulary.bpe  # finds special tokens in a text
+        self._plain = _without_specials(vocabulary.bpe)  # takes them for text
+        added = vocabulary.bpe.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._added_texts = {id: token.content for id, token in added.items()}
+        self._special_texts = SpecialTexts(added[id].content for id in self.special_ids)
+        self._template_tokens = vocabulary.template_tokens
+        self.chat_template: ChatTemplate | None = None
+        if vocabulary.chat_template is not None:
+            origin = f"{vocabulary.source}: chat template"
+            self.chat_template = ChatTemplate(vocabulary.chat_template, origin)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object], source: str) -> Self:
+        """Build from GGUF metadata; `source` is the file's name for messages."""
+        return cls(vocabulary_from_gguf(metadata, source))
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> Self:
+        """Build from the tokenizer.json of a model folder and the files beside it."""
+        return cls(vocabulary_from_folder(path))
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Turn text into ids, with a BOS where the model wants one.
+
+        A special token's name in the text is text, unless `parse_special` asks for the token.
+        """
+        ids = self._parse(text) if parse_special else self._encode_text(text)
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Turn ids into text; bytes that are no UTF-8 become U+FFFD."""
+        hidden = self.special_ids if skip_special_tokens else frozenset()
+        data = b"".join(self.token_bytes(id) for id in ids if id not in hidden)
+        return data.decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes a token stands for, which may be a part of a character."""
+        if not 0 <= id < self.vocab_size:
+            raise RequestError(
+                f"token id {id} is outside the vocabulary: ids are 0 to {self.vocab_size - 1}"
+            )
+        added = self._added_texts.get(id)
+        if added is not None:
+            return added.encode()
+        piece = self._plain.id_to_token(id) or ""  # a folder's ids may have holes
+        try:
+            return bytes(map(BYTE_OF_CHARACTER.__getitem__, piece))
+        except KeyError:  # not written in the byte-level alphabet: the piece is its own text
+            return piece.encode()
+
+    def token_text(self, id: int) -> str:
+        """A token as text to show by itself; U+FFFD for parts of characters."""
+        return self.token_bytes(id).decode("utf-8", "replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Turn a conversation into ids; special tokens are those the template writes, no others."""
+        pieces = self._render(messages, add_generation_prompt, variables)
+        if len(pieces) == 1:
+            return self._parse(pieces[0])
+        ids: list[int] = []
+        text = ""
+        for part in self._parts(pieces):
+            if isinstance(part, str):
+                text += part
+            else:
+                ids += [*self._encode_text(text), part]
+                text = ""
+        return ids + self._encode_text(text)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """A conversation as the template writes it, to show."""
+        return "".join(self._render(messages, add_generation_prompt, variables))
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> list[str]:
+        """The template's text, and at odd indices texts of special tokens that callers wrote."""
+        template = self.chat_template
+        if template is None:
+            raise RequestError("the model has no chat template; give a plain prompt")
+        if not messages:
+            raise RequestError("messages is empty; it needs one message or more")
+        return render_untrusted(
+            template,
+            self._special_texts,
+            {"messages": messages, **variables},
+            {"add_generation_prompt": add_generation_prompt, **self._template_tokens},
+        )
+
+    def _parts(self, pieces: Sequence[str]) -> Iterator[str | int]:
+        """Cut rendered pieces into plain text and the ids of the template's special tokens."""
+        for index, piece in enumerate(pieces):
+            start = 0
+            if index % 2 == 0:
+                encoding = self._parsing.encode(_checked(piece), add_special_tokens=False)
+                for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                    if id in self.special_ids:
+                        yield piece[start:begin]
+                        yield id
+                        start = end
+            yield piece[start:]
+
+    def _parse(self, text: str) -> list[int]:
+        return self._parsing.encode(_checked(text), add_special_tokens=False).ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids = self._plain.encode(_checked(text), add_special_tokens=False).ids
+        if not self.special_ids.isdisjoint(ids):  # a vocabulary whose merges make a special token
+            token = next(id for id in ids if id in self.special_ids)
+            raise RequestError(
+                f"the text encodes to the special token {self.token_text(token)!r}, "
+                "which text of a request may not"
+            )
+        return ids
+
+
+def _without_specials(bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, sharing its vocabulary, for which special tokens' texts are text."""
+    plain = tokenizers.Tokenizer(bpe.model)
+    plain.normalizer = bpe.normalizer
+    plain.pre_tokenizer = bpe.pre_tokenizer
+    plain.add_tokens([token for _, token in sorted(bpe.get_added_tokens_decoder().items())])
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text holds half a surrogate pair at character {error.start}; "
+            "it must be valid Unicode"
+        ) from None
+    return text

@@ -1,0 +1,56 @@
+"""What importing Roofline costs and offers."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import roofline
+
+TORCH_FREE = (
+    "roofline",
+    "roofline.budget",
+    "roofline.cli",
+    "roofline.config",
+    "roofline.engine",
+    "roofline.errors",
+    "roofline.models.hub",
+    "roofline.request",
+    "roofline.scheduling.scheduler",
+)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_import_brings_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_every_public_name_comes_from_the_module_that_defines_it() -> None:
+    for name in set(roofline.__all__) - {"__version__"}:
+        found = getattr(roofline, name)
+        assert found.__name__ == name
+        assert found.__module__.startswith("roofline.")
+        assert name in dir(roofline)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'roofline' has no attribute 'LMM'"):
+        getattr(roofline, "LMM")  # noqa: B009
+
+
+def test_stub_names_what_the_module_loads() -> None:
+    stub = Path(roofline.__file__).with_suffix(".pyi")
+    names = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in ast.parse(stub.read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(names) == set(roofline.__all__) - {"__version__"}
+    for name, home in names.items():
+        assert home == f"{getattr(roofline, name).__module__}.{name}"
+        assert importlib.util.find_spec(home.rpartition(".")[0]) is not None

@@ -1,0 +1,63 @@
+"""The wheel: what is in it, and that it can be built where nothing can be compiled."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import roofline
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = re.compile(r"roofline/ops/(lib)?roofline_native\.(so|dylib|dll)")
+
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+
+def build_wheel(folder: Path, **environment: str) -> zipfile.ZipFile:
+    """Build with the tools of this machine, nothing downloaded."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(ROOT)],
+        env={**os.environ, **environment},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    (wheel,) = folder.glob(f"roofline-{roofline.__version__}-*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+@needs_cmake
+@needs_compiler
+def test_wheel_holds_the_native_library_and_no_tests(tmp_path: Path) -> None:
+    with build_wheel(tmp_path) as wheel:
+        names = wheel.namelist()
+        assert "-py3-none-" in str(wheel.filename)
+    assert [name for name in names if LIBRARY.fullmatch(name)]
+    assert {"roofline/__init__.py", "roofline/py.typed"} < set(names)
+    assert [name for name in names if name.endswith(("_test.py", ".cpp"))] == []
+
+
+@pytest.mark.parametrize(
+    "missing", [pytest.param("compiler", marks=needs_cmake), pytest.param("cmake")]
+)
+def test_failed_native_build_still_gives_a_working_wheel(missing: str, tmp_path: Path) -> None:
+    broken = {"compiler": {"CXX": "/bin/false"}, "cmake": {"PATH": str(tmp_path)}}
+    with build_wheel(tmp_path, **broken[missing]) as wheel:
+        assert not any(LIBRARY.fullmatch(name) for name in wheel.namelist())
+        code = f"import sys; sys.path.insert(0, {wheel.filename!r}); import roofline.config"
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True)
+
+
+def test_every_dependency_has_its_reason_and_there_are_at_most_14() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    reasons = (ROOT / "docs" / "dependencies.md").read_text()
+    names = [re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]]
+    assert len(names) <= 14
+    assert [name for name in names if f"| `{name}`" not in reasons] == []
