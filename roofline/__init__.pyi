@@ -1,8 +1,8 @@
 """The names that `__init__.py` loads lazily, as types."""
 
-from roofline.llm import LLM as LLM
-from roofline.llm import CompletionOutput as CompletionOutput
-from roofline.llm import RequestOutput as RequestOutput
-from roofline.request import SamplingParams as SamplingParams
+from roofline.llm import LLM, CompletionOutput, RequestOutput
+from roofline.request import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 __version__: str

@@ -15,6 +15,7 @@ from roofline.errors import CapacityError
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
 SCALE_BYTES = 4
+SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache
 
 NativeGroups = Mapping[str, int]  # checkpoint tensor name -> group size, for tensors that are INT8 on disk
 
@@ -203,6 +204,7 @@ def plan_step_buffers(
         "query": ((tokens, heads, model.head_dim), dtype),
         "attended": ((tokens, heads, model.head_dim), dtype),
         "activated": ((tokens, channels), dtype),
+        "scratch": ((SCRATCH_VALUES,), "float32"),
         "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
     }
     if rank.is_last_stage:

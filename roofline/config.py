@@ -3,6 +3,7 @@
 Derived sizes are returned by functions, never written back; the environment is read by `environment_options` alone.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -300,7 +301,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(EngineConfig)
         for field in dataclasses.fields(self):
-            _check_option(field, hints[field.name], getattr(self, field.name))
+            _check_option(field.name, field, hints[field.name], getattr(self, field.name))
         group = self.group_size
         if type(group) is int and group not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
@@ -312,15 +313,23 @@ class EngineConfig:
                 )
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any], environ: Mapping[str, str]) -> Self:
-        """Options given by name over ROOFLINE_* variables over defaults; unknown names are refused."""
+    def from_options(
+        cls,
+        options: Mapping[str, Any],
+        environ: Mapping[str, str],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Options given by name over ROOFLINE_* variables over defaults; unknown names are refused.
+
+        `defaults` are a caller's own, where they differ from those of the class.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean '{near[0]}'?" if near else f"; options: {', '.join(known)}"
                 raise UsageError(f"unknown option '{name}'{hint}")
-        return cls(**{**environment_options(environ), **options})
+        return cls(**{**(defaults or {}), **environment_options(environ), **options})
 
     @property
     def weights(self) -> WeightFormat:
@@ -339,8 +348,27 @@ def environment_options(environ: Mapping[str, str]) -> dict[str, Any]:
     for field in dataclasses.fields(EngineConfig):
         variable = f"ROOFLINE_{field.name.upper()}"
         if variable in environ:
-            found[field.name] = _parse_option(variable, hints[field.name], environ[variable])
+            value = parse_option(hints[field.name], environ[variable])
+            _check_option(variable, field, hints[field.name], value)
+            found[field.name] = value
     return found
+
+
+def parse_option(hint: Any, text: str) -> Any:
+    """What an option's text means for its type; text that means nothing is left for the check."""
+    kinds = _members(hint)
+    if text in _choices(hint):
+        return text
+    if bool in kinds and text.lower() in _BOOLEANS:
+        return _BOOLEANS[text.lower()]
+    for kind in (int, float):
+        if kind in kinds:
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    return text
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -355,7 +383,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return tuple(c for m in _members(hint) if get_origin(m) is Literal for c in get_args(m))
 
 
-def _check_option(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
+def _check_option(name: str, field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
     """Refuse a value that is neither one of the choices nor a number within the bounds."""
     choices, kinds = _choices(hint), [m for m in _members(hint) if isinstance(m, type)]
     if value in choices or (value is None and type(None) in kinds):
@@ -372,22 +400,7 @@ def _check_option(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> Non
         wanted.append(kind if low is None else f"{kind} from {low} to {high}")
     if bool in kinds:
         wanted.append("true or false")
-    raise UsageError(f"{field.name} is {value!r}; it must be {' or '.join(wanted)}")
-
-
-def _parse_option(variable: str, hint: Any, text: str) -> Any:
-    kinds = _members(hint)
-    if text in _choices(hint):
-        return text
-    if bool in kinds and text.lower() in ("1", "true", "yes", "0", "false", "no"):
-        return text.lower() in ("1", "true", "yes")
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    raise UsageError(f"{variable}={text!r} cannot be read as {hint}")
+    raise UsageError(f"{name} is {value!r}; it must be {' or '.join(wanted)}")
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -302,8 +302,7 @@ class _Generation:
         params, ids = self._params, new.token_ids
         if new.finish_reason == "stop" and not params.include_stop_str_in_output:
             ids = ids[:-1]
-        before_minimum = len(answer.token_ids) <= params.min_tokens
-        answer.text += stream.push(ids, may_stop=not before_minimum)
+        answer.text += stream.push(ids)
         if stream.stopped_by is not None:
             answer.finish_reason, answer.stop_reason = "stop", stream.stopped_by
         elif new.finish_reason is not None:

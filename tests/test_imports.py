@@ -45,7 +45,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 def test_stub_names_what_the_module_loads() -> None:
     stub = Path(roofline.__file__).with_suffix(".pyi")
     names = {
-        alias.asname: f"{node.module}.{alias.name}"
+        alias.name: f"{node.module}.{alias.name}"
         for node in ast.parse(stub.read_text()).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names

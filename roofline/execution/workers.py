@@ -36,7 +36,7 @@ class InProcessWorkers:
         )
         buffers = plan_step_buffers(model, config.dtype, mesh.rank, budget.step)
         self._arena = arena.allocate(buffers)
-        ops = ReferenceOps(getattr(torch, config.dtype))
+        ops = ReferenceOps(getattr(torch, config.dtype), self._arena["scratch"])
         self._runner = ModelRunner(self._decoder, ops, self._kv_pool, self._arena)
         self._results: deque[StepResult] = deque()
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from roofline.budget import GATE_UP, QKV, LayerPlan, MatrixPlan, Rank, layer_tensor
 from roofline.config import ModelConfig
 from roofline.models.checkpoints import Checkpoint
+from roofline.models.checkpoints.reading import float_norm, int8_rows
 from roofline.ops import FloatWeight, Int8Weight, Weight
-from roofline.quantization.int8_groups import cut_columns, quantize
+from roofline.quantization.int8_groups import cut_columns
 
 Progress = Callable[[str], None]  # told the name of each tensor loaded
 
@@ -29,28 +30,20 @@ class Source:
     def norm(self, name: str) -> Tensor:
         """An RMSNorm weight [H], float32."""
         self.progress(name)
-        return torch.as_tensor(self.checkpoint.read(name)).float().clone()
+        return float_norm(self.checkpoint, name)
 
-    def rows_into(self, name: str, rows: range, columns: range | None, out: Weight) -> None:
-        """Load the rank's rows and columns (None: all) of a tensor into `out`, in its format."""
+    def fill(self, name: str, rows: range, columns: range, out: Weight) -> None:
+        """Load the rank's rows and columns of a matrix into `out`, in the format of that."""
         self.progress(name)
         picked = slice(rows.start, rows.stop)
         if isinstance(out, FloatWeight):
-            values = torch.as_tensor(self.checkpoint.read(name))[picked]
-            cut = slice(None) if columns is None else slice(columns.start, columns.stop)
-            out.values.copy_(values[:, cut])
+            values = torch.as_tensor(self.checkpoint.read(name))
+            out.values.copy_(values[picked, columns.start : columns.stop])
             return
-        weight = self._int8(name, picked, out.group)
-        if columns is not None:
-            weight = cut_columns(weight, columns)
+        whole = int8_rows(self.checkpoint, name, out.group, picked)
+        weight = cut_columns(whole, columns)
         out.values.copy_(weight.values)
         out.scales.copy_(weight.scales)
-
-    def _int8(self, name: str, rows: slice, group: int) -> Int8Weight:
-        if self.checkpoint.native_groups.get(name) == group:
-            values, scales = map(torch.as_tensor, self.checkpoint.read_int8(name))
-            return Int8Weight(values[rows], scales[rows], group, 0)
-        return quantize(torch.as_tensor(self.checkpoint.read(name))[rows], group, name)
 
 
 def allocate(plan: MatrixPlan) -> Weight:
@@ -88,14 +81,14 @@ def load_layer(
         fused, top = allocate(matrix), 0
         for piece, rows in pieces:
             part = _rows(fused, top, top + len(rows))
-            source.rows_into(layer_tensor(layer, piece), rows, None, part)
+            source.fill(layer_tensor(layer, piece), rows, range(matrix.columns), part)
             top += len(rows)
         return fused
 
     def row_parallel(matrix: MatrixPlan, piece: str, columns: range) -> Weight:
         """A matrix cut by columns."""
         weight = allocate(matrix)
-        source.rows_into(layer_tensor(layer, piece), range(matrix.rows), columns, weight)
+        source.fill(layer_tensor(layer, piece), range(matrix.rows), columns, weight)
         return weight
 
     return LayerWeights(
@@ -111,7 +104,8 @@ def load_layer(
 def load_table(source: Source, model: ModelConfig, rank: Rank, plan: MatrixPlan) -> Weight:
     """A table over the vocabulary (embedding or head), cut by token ids."""
     table = allocate(plan)
-    source.rows_into(plan.name, rank.parallel.vocabulary(model, rank.tp_rank), None, table)
+    rows = rank.parallel.vocabulary(model, rank.tp_rank)
+    source.fill(plan.name, rows, range(plan.columns), table)
     return table
 
 

@@ -1,11 +1,15 @@
-"""From what a user names to an opened model: its checkpoint and its tokenizer, whatever the format."""
+"""From what a user names to an opened model: its checkpoint and its tokenizer, whatever the format.
 
+Nothing of the weights is read here; describing a model imports no torch.
+"""
+
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from roofline.budget import NativeGroups
 from roofline.config import PRESETS, ModelConfig
-from roofline.errors import UnsupportedError, UsageError
+from roofline.errors import CheckpointError, UnsupportedError, UsageError
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.checkpoints.gguf_checkpoint import GGUFCheckpoint
@@ -17,50 +21,65 @@ from roofline.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model ready to load: nothing of its weights has been read."""
+    """A model ready to load; whoever loads it closes the checkpoint."""
 
     checkpoint: Checkpoint
-    tokenizer: Tokenizer | None  # a preset has none
+    tokenizer: Tokenizer | None  # a shape alone may have none
 
 
 def open_model(reference: str, load_format: str, seed: int) -> OpenedModel:
     """Open a built-in name, a .gguf file, a safetensors folder, or (dummy) a preset's shape."""
-    if load_format == "dummy" and reference in PRESETS:
+    dummy = load_format == "dummy"
+    if dummy and reference in PRESETS:
         return OpenedModel(DummyCheckpoint(PRESETS[reference], seed), None)
     path = resolve(reference, presets=PRESETS)
-    if path.is_dir():
-        dummy = load_format == "dummy"
-        tokenizer = Tokenizer.from_folder(path) if _has_tokenizer(path) or not dummy else None
-        if dummy:
-            return OpenedModel(DummyCheckpoint(read_config(path)[0], seed), tokenizer)
-        opened = OpenedModel(SafetensorsCheckpoint(path), tokenizer)
-    else:
-        checkpoint = _open_file(path)
-        tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata, str(path))
-        if load_format == "dummy":
-            return OpenedModel(DummyCheckpoint(checkpoint.config, seed), tokenizer)
-        opened = OpenedModel(checkpoint, tokenizer)
-    _check_vocabulary(path, opened)
-    return opened
+    return _open_folder(path, dummy, seed) if path.is_dir() else _open_file(path, dummy, seed)
 
 
 def describe(reference: str) -> tuple[ModelConfig, NativeGroups]:
     """A model's shape and which of its tensors are INT8 on disk; no weights, no torch."""
     if reference in PRESETS:
         return PRESETS[reference], {}
-    path = resolve(reference)
+    path = resolve(reference, presets=PRESETS)
     if path.is_dir():
-        return read_config(path)
-    checkpoint = _open_file(path)
-    try:
+        return _folder_config(path)
+    with contextlib.closing(_gguf(path)) as checkpoint:
         return checkpoint.config, checkpoint.native_groups
-    finally:
-        checkpoint.close()
 
 
-def _open_file(path: Path) -> GGUFCheckpoint:
+def _open_folder(folder: Path, dummy: bool, seed: int) -> OpenedModel:
+    config, _ = _folder_config(folder)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer or not dummy else None
+    _check_vocabulary(folder, config, tokenizer)
+    checkpoint = DummyCheckpoint(config, seed) if dummy else SafetensorsCheckpoint(folder)
+    return OpenedModel(checkpoint, tokenizer)
+
+
+def _open_file(path: Path, dummy: bool, seed: int) -> OpenedModel:
+    with contextlib.ExitStack() as unless_kept:
+        checkpoint = _gguf(path)
+        unless_kept.callback(checkpoint.close)
+        tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata, str(path))
+        _check_vocabulary(path, checkpoint.config, tokenizer)
+        if dummy:
+            return OpenedModel(DummyCheckpoint(checkpoint.config, seed), tokenizer)
+        unless_kept.pop_all()
+        return OpenedModel(checkpoint, tokenizer)
+
+
+def _folder_config(folder: Path) -> tuple[ModelConfig, NativeGroups]:
+    """`read_config` of a folder; one that only holds a GGUF file is told apart."""
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not (folder / "config.json").exists():
+        raise UsageError(f"{folder}: no config.json; to run a GGUF file, name it: {ggufs[0]}")
+    return read_config(folder)
+
+
+def _gguf(path: Path) -> GGUFCheckpoint:
+    """The file as GGUF; files that are known to be something else are told so."""
     if path.suffix in (".safetensors", ".json"):
-        raise UsageError(f"{path}: name the folder that holds it: {path.parent}")
+        raise UsageError(f"{path}: a part of a model; name the folder that holds it: {path.parent}")
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise UnsupportedError(
             f"{path}: not loaded: a pickle can run code; give a .gguf file or a safetensors folder"
@@ -68,14 +87,10 @@ def _open_file(path: Path) -> GGUFCheckpoint:
     return GGUFCheckpoint(path)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file()
-
-
-def _check_vocabulary(path: Path, model: OpenedModel) -> None:
+def _check_vocabulary(path: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """A tokenizer must not name tokens the embedding lacks."""
-    if model.tokenizer is None:
-        return
-    tokens, rows = model.tokenizer.vocab_size, model.checkpoint.config.vocab_size
-    if tokens > rows:
-        raise UsageError(f"{path}: the tokenizer has {tokens} tokens, but the embedding {rows} rows")
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"but the embedding {config.vocab_size} rows"
+        )

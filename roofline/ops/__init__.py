@@ -57,8 +57,9 @@ class StepInputs:
 class Ops(abc.ABC):
     """What a backend computes at one activation dtype. `ops.reference` is the definition."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
         self.dtype = dtype  # of activations and KV; fixed here, never by the tokens of a step
+        self.scratch = scratch  # [n] float32, room for weights on their way to be multiplied
 
     @abc.abstractmethod
     def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:

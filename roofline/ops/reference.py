@@ -12,7 +12,6 @@ from roofline.ops import FloatWeight, Int8Weight, Ops, StepInputs, Weight
 
 TILE_TOKENS = 16
 SPAN_TOKENS = 256  # KV positions attention reads at a time, rounded down to whole blocks
-SLAB_VALUES = 1 << 20  # weights dequantised at a time
 
 
 class ReferenceOps(Ops):
@@ -25,7 +24,7 @@ class ReferenceOps(Ops):
         rows = local.clamp(0, table.rows - 1)
         if isinstance(table, Int8Weight):
             picked = Int8Weight(table.values[rows], table.scales[rows], table.group, table.offset)
-            values = dequantize(picked)
+            values = dequantize(picked, torch.empty(picked.values.shape))
         else:
             values = table.values[rows].float()
         out.copy_(values * here.unsqueeze(1))
@@ -49,7 +48,7 @@ class ReferenceOps(Ops):
         tokens, heads, dim = out.shape
         kv_heads = kv_pool.shape[3]
         x = rms_norm(residual, norm, eps).to(self.dtype)
-        mixed = multiply(x, qkv).view(tokens, heads + 2 * kv_heads, dim)
+        mixed = multiply(x, qkv, self.scratch).view(tokens, heads + 2 * kv_heads, dim)
         query, key, value = mixed.split([heads, kv_heads, kv_heads], dim=1)
         cosines, sines = rope[:, inputs.positions].unsqueeze(2)  # [T, 1, D / 2]
         out.copy_(rotate(query, cosines, sines))
@@ -81,7 +80,7 @@ class ReferenceOps(Ops):
 
     def linear(self, x: Tensor, weight: Weight, out: Tensor) -> None:
         """See `Ops.linear`."""
-        out.copy_(multiply(x, weight))
+        out.copy_(multiply(x, weight, self.scratch))
 
     def norm_gate_up_swiglu(
         self,
@@ -95,7 +94,7 @@ class ReferenceOps(Ops):
         """See `Ops.norm_gate_up_swiglu`."""
         residual += delta
         x = rms_norm(residual, norm, eps).to(self.dtype)
-        gate, up = multiply(x, gate_up).chunk(2, dim=1)
+        gate, up = multiply(x, gate_up, self.scratch).chunk(2, dim=1)
         out.copy_(gate / (1 + torch.exp(-gate)) * up)
 
     def norm_head(
@@ -110,7 +109,7 @@ class ReferenceOps(Ops):
     ) -> None:
         """See `Ops.norm_head`."""
         x = rms_norm(residual[sampled] + delta[sampled], norm, eps).to(self.dtype)
-        out.copy_(multiply(x, head))
+        out.copy_(multiply(x, head, self.scratch))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -125,9 +124,9 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
 
-def dequantize(weight: Int8Weight) -> Tensor:
-    """The matrix [N, K] in float32: values times the scale of their group."""
-    out = weight.values.float()
+def dequantize(weight: Int8Weight, out: Tensor) -> Tensor:
+    """Write the matrix [N, K] to out, float32: values times the scale of their group."""
+    out.copy_(weight.values)
     columns, group = out.shape[1], weight.group
     lead = min((group - weight.offset) % group, columns)  # columns of a first group cut short
     whole = (columns - lead) // group
@@ -142,27 +141,34 @@ def dequantize(weight: Int8Weight) -> Tensor:
     return out
 
 
-def multiply(x: Tensor, weight: Weight) -> Tensor:
-    """x [T, K] times the transpose of weight [N, K]: [T, N] float32, in tiles of 16 tokens."""
+def multiply(x: Tensor, weight: Weight, scratch: Tensor) -> Tensor:
+    """x [T, K] times the transpose of weight [N, K]: [T, N] float32, in tiles of 16 tokens.
+
+    `scratch` is float32 of at least one row of the weight; a slab of rows is dequantised to it,
+    small enough to stay in cache while every tile is multiplied by it.
+    """
     tokens, columns = x.shape
     tiles = -(-tokens // TILE_TOKENS)
     padded = torch.zeros(tiles, TILE_TOKENS, columns)
     padded.view(-1, columns)[:tokens] = x
-    result = torch.empty(tiles, TILE_TOKENS, weight.rows)
-    slab = max(1, SLAB_VALUES // columns)
+    result = torch.empty(tiles, weight.rows, TILE_TOKENS)
+    slab = scratch.numel() // columns
     for start in range(0, weight.rows, slab):
         stop = min(start + slab, weight.rows)
-        matrix = _float_rows(weight, start, stop).t()
+        matrix = scratch[: (stop - start) * columns].view(stop - start, columns)
+        _float_rows(weight, start, stop, matrix)
         for tile in range(tiles):
-            torch.mm(padded[tile], matrix, out=result[tile, :, start:stop])
-    return result.view(-1, weight.rows)[:tokens]
+            torch.mm(matrix, padded[tile].t(), out=result[tile, start:stop])
+    return result.transpose(1, 2).reshape(-1, weight.rows)[:tokens]
 
 
-def _float_rows(weight: Weight, start: int, stop: int) -> Tensor:
+def _float_rows(weight: Weight, start: int, stop: int, out: Tensor) -> None:
     if isinstance(weight, FloatWeight):
-        return weight.values[start:stop].float()
+        out.copy_(weight.values[start:stop])
+        return
     rows = slice(start, stop)
-    return dequantize(Int8Weight(weight.values[rows], weight.scales[rows], weight.group, weight.offset))
+    part = Int8Weight(weight.values[rows], weight.scales[rows], weight.group, weight.offset)
+    dequantize(part, out)
 
 
 def _attend(

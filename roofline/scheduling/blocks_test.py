@@ -36,7 +36,7 @@ def hold(pool: BlockPool, tokens: Tokens) -> list[int]:
 
 
 class Oracle:
-    """The pool again by brute force: whole prefixes instead of digests, lists searched end to end."""
+    """The pool by brute force: whole prefixes instead of digests, lists searched end to end."""
 
     def __init__(self, num_blocks: int) -> None:
         self.tables: list[list[int]] = []
@@ -45,7 +45,7 @@ class Oracle:
         self.content: dict[int, Tokens] = {}
 
     def find(self, tokens: Tokens) -> list[int]:
-        found = []
+        found: list[int] = []
         for end in range(SIZE, len(tokens) + 1, SIZE):
             holders = [b for b, content in self.content.items() if content == tokens[:end]]
             if not holders:
@@ -142,7 +142,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
 TestBlockPoolAgainstBruteForce = BlockPoolMachine.TestCase
 TestBlockPoolAgainstBruteForce.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, derandomize=True
+    max_examples=100, stateful_step_count=100, deadline=None, derandomize=True
 )
 
 

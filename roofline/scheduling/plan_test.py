@@ -91,7 +91,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 def test_the_other_byte_order_is_refused_by_name() -> None:
     words = array("q", StepPlan(1).encode())
     words.byteswap()
-    with pytest.raises(RooflineError, match=f"first word .* {sys.byteorder} endian"):
+    with pytest.raises(RooflineError, match=rf"first word .*\({sys.byteorder} endian"):
         StepPlan.decode(words.tobytes())
 
 
@@ -152,20 +152,16 @@ def test_floats_cross_bit_for_bit() -> None:
         assert start.seed == 2**64 - 1
 
 
-def start_of(prompt_logprobs_left: bool = True, **options: object) -> RowStart:
+def request_of(**options: object) -> Request:
     sampling = SamplingParams.from_options(options)
-    request = Request(
-        "a",
-        [4, 5],
-        sampling,
-        seed=9,
-        eos_token_ids=[2],
-        bad_words_ids=[(7,)] * bool(sampling.bad_words),
-    )
+    words = [(7,)] if sampling.bad_words else []
+    request = Request("a", [4, 5], sampling, seed=9, eos_token_ids=[2], bad_words_ids=words)
     request.row = 3
-    if not prompt_logprobs_left:
-        request.prompt_logprobs = None
-    return RowStart.of(request)
+    return request
+
+
+def start_of(**options: object) -> RowStart:
+    return RowStart.of(request_of(**options))
 
 
 def test_a_start_tells_only_what_its_row_needs() -> None:
@@ -192,6 +188,8 @@ def test_history_is_sent_to_whoever_looks_back(options: dict[str, object]) -> No
 
 
 def test_prompt_logprobs_once_delivered_are_not_computed_again() -> None:
-    assert start_of(prompt_logprobs=2).prompt_logprobs == 2
-    again = start_of(prompt_logprobs_left=False, prompt_logprobs=2)
+    request = request_of(prompt_logprobs=2)
+    assert RowStart.of(request).prompt_logprobs == 2
+    request.prompt_logprobs = None
+    again = RowStart.of(request)
     assert (again.prompt_logprobs, again.history) == (NONE, ())

@@ -24,7 +24,7 @@ _FAILURES = (
     AttributeError,
     LookupError,
     MemoryError,
-    RecursionError,
+    RuntimeError,
     TypeError,
     ValueError,
 )
@@ -36,7 +36,7 @@ class ChatTemplate:
     def __init__(self, source: str, origin: str = "chat template") -> None:
         self.source = source
         try:
-            self._template = _environment().from_string(source)
+            self._template = _environment().from_string(source, globals=_FUNCTIONS)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}: line {error.lineno}: {_line(error)}") from error
         except (*_FAILURES, SyntaxError) as error:  # Python refuses the code Jinja made of it
@@ -50,11 +50,9 @@ class ChatTemplate:
         **variables: Any,
     ) -> str:
         """Write the conversation out as the model was taught to read it."""
-        variables = {"tools": None, "documents": None, **variables}
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **variables
-            )
+            return self._template.render({"tools": None, "documents": None, **variables, **given})
         except _TemplateRefusal as error:
             raise RequestError(f"the chat template refused the messages: {_line(error)}") from error
         except _FAILURES as error:
@@ -85,8 +83,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
         extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -113,6 +109,9 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
+
+
+_FUNCTIONS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
 
 def _line(error: BaseException) -> str:

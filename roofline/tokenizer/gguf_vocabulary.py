@@ -4,7 +4,7 @@ The file is untrusted. How text is cut into words is in `pretokenizers`.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TypeVar
 
 import numpy as np
@@ -46,9 +46,12 @@ def vocabulary_from_gguf(metadata: Mapping[str, object], source: str) -> Vocabul
         )
     rule = pre_tokenizer_rule(keys.require("pre", str), source)
     tokens = _tokens(keys)
-    bpe = _bpe(keys, tokens, rule)
-    ids = {name: _token_id(keys, name, len(tokens)) for name in (*_ENDS, *_TEMPLATE_NAMES.values())}
+    names = (*_ENDS, *_TEMPLATE_NAMES.values())
+    ids = {name: _token_id(keys, name, len(tokens)) for name in names}
     ends = [token for name in _ENDS if (token := ids[name]) is not None]
+    named = {*ends} if ids["bos"] is None else {*ends, ids["bos"]}
+    bpe = _bpe(keys, tokens, rule)
+    bpe.add_tokens(_added_tokens(keys, tokens, named))
     return Vocabulary(
         source=source,
         bpe=bpe,
@@ -119,11 +122,8 @@ def _tokens(keys: _Keys) -> list[str]:
 def _bpe(keys: _Keys, tokens: list[str], rule: PreTokenizerRule) -> tokenizers.Tokenizer:
     ids = {token: index for index, token in enumerate(tokens)}
     with refusing_bad_vocabulary(keys.source):
-        model = models.BPE(
-            vocab=ids, merges=_merges(keys, ids), ignore_merges=rule.ignore_merges
-        )
+        model = models.BPE(vocab=ids, merges=_merges(keys, ids), ignore_merges=rule.ignore_merges)
         bpe = tokenizers.Tokenizer(model)
-        bpe.add_tokens(_added_tokens(keys, tokens))
     bpe.pre_tokenizer = rule.split()
     bpe.decoder = decoders.ByteLevel()
     if rule.normalizer is not None:
@@ -144,8 +144,8 @@ def _merges(keys: _Keys, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     return merges
 
 
-def _added_tokens(keys: _Keys, tokens: Sequence[str]) -> list[AddedToken]:
-    """Tokens that are found in a text before it is cut into words."""
+def _added_tokens(keys: _Keys, tokens: Sequence[str], named: Set[int]) -> list[AddedToken]:
+    """Tokens that are found in a text before it is cut into words; the `named` are special."""
     types = np.asarray(keys.require("token_type", np.ndarray))
     if types.shape != (len(tokens),) or types.dtype.kind not in "iu":
         raise keys.wrong(
@@ -155,10 +155,11 @@ def _added_tokens(keys: _Keys, tokens: Sequence[str]) -> list[AddedToken]:
     if strange.size:
         index = int(strange[0])
         raise keys.wrong(f"token_type[{index}]", f"is {types[index]}; it must be from 1 to 6")
-    found = np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED)))
+    special = {*np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL))).tolist(), *named}
+    added = special.union(np.flatnonzero(types == _USER_DEFINED).tolist())
     return [
-        AddedToken(tokens[i], special=bool(types[i] != _USER_DEFINED), normalized=False)
-        for i in found
+        AddedToken(tokens[index], special=index in special, normalized=False)
+        for index in sorted(added)
     ]
 
 
@@ -180,5 +181,5 @@ def _added(
         return ()
     token = ids[name]
     if token is None:
-        raise keys.wrong(f"{name}_token_id", f"is missing, but add_{name}_token asks for it")
+        raise keys.wrong(f"{name}_token_id", "is missing, yet every text needs one")
     return (token,)

@@ -54,9 +54,7 @@ def _tiktoken(digits: str) -> pre_tokenizers.PreTokenizer:
 
 
 _GPT2_RULE = PreTokenizerRule(_gpt2)
-_LLAMA3_RULE = PreTokenizerRule(
-    lambda: _tiktoken(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True
-)
+_LLAMA3_RULE = PreTokenizerRule(lambda: _tiktoken(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
 _RULES = {
     "default": _GPT2_RULE,
     "gpt-2": _GPT2_RULE,

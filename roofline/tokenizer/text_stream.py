@@ -22,7 +22,7 @@ class TextStream:
         self,
         tokenizer: Tokenizer,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
@@ -30,7 +30,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._includes_stop = include_stop_str_in_output
-        self._stops = [_StopString(text) for text in stop]
+        self._stops = [_StopString(text) for text in ([stop] if isinstance(stop, str) else stop)]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._shown: list[str] = []
         self._held = ""  # the start of a stop string, perhaps

@@ -125,8 +125,7 @@ class Tokenizer:
         template = self.chat_template
         if template is None:
             raise RequestError("the model has no chat template; give a plain prompt")
-        if not messages:
-            raise RequestError("messages is empty; it needs one message or more")
+        _check_messages(messages)
         return render_untrusted(
             template,
             self._special_texts,
@@ -171,7 +170,17 @@ def _without_specials(bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return plain
 
 
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError("messages must be a list of one message or more")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError(f"messages[{index}] must be a mapping with a role that is a string")
+
+
 def _checked(text: str) -> str:
+    if not isinstance(text, str):
+        raise RequestError(f"the text is {type(text).__name__}; it must be a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:

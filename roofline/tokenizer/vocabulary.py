@@ -1,6 +1,6 @@
-"""What a tokenizer is built from, whichever file it came in. No encoding and no reading of files here."""
+"""What a tokenizer is built from, whichever file it came in; no reading and no encoding here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ class Vocabulary:
     """A byte-level BPE and the ids that stand for more than text, checked against each other."""
 
     source: str  # the file, for messages
-    bpe: tokenizers.Tokenizer  # its special tokens are added to it; it adds none to a text itself
+    bpe: tokenizers.Tokenizer  # it finds its special tokens in a text
     size: int  # one more than the largest id
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -24,16 +24,32 @@ class Vocabulary:
     template_tokens: Mapping[str, str] = field(default_factory=dict)  # such as bos_token: '<s>'
 
 
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's byte-level alphabet: printable bytes are themselves, the others lie from U+0100 on.
+
+    Source: `bytes_to_unicode` in OpenAI's gpt-2 `encoder.py`.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
 @contextmanager
-def refusing_bad_vocabulary(source: str) -> Iterator[None]:
+def refusing_bad_vocabulary(source: str) -> Generator[None, None, None]:
     """Turn whatever the `tokenizers` library says of a bad vocabulary into a CheckpointError.
 
-    It raises bare Exception for most, and a Rust panic arrives as a BaseException of its own.
+    It raises bare Exception for most, TypeError for text that is no UTF-8, and a panic in its Rust
+    arrives as a BaseException of its own.
     """
     try:
         yield
     except BaseException as error:
-        if type(error) is Exception or type(error).__name__ == "PanicException":
+        if type(error) in (Exception, TypeError) or type(error).__name__ == "PanicException":
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{source}: not a usable tokenizer: {reason}") from error
+            raise CheckpointError(f"{source}: is no usable tokenizer: {reason}") from error
         raise

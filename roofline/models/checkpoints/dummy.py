@@ -6,9 +6,12 @@ They are INT8 in groups of 128 from the start, so that a 70B preset costs one pa
 import hashlib
 
 import numpy as np
+from numpy.typing import NDArray
 
 from roofline.config import DEFAULT_GROUP_SIZE, ModelConfig
-from roofline.models.checkpoints.tensors import matrix_shapes
+from roofline.models.checkpoints.tensors import matrix_shapes, norm_names
+
+_SPREAD = 127 / 3**0.5  # standard deviation of a uniform value in [-127, 127]
 
 
 class DummyCheckpoint:
@@ -16,27 +19,30 @@ class DummyCheckpoint:
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config, self._seed = config, seed
-        self._shapes = matrix_shapes(config)
-        self.native_groups = dict.fromkeys(self._shapes, DEFAULT_GROUP_SIZE)
+        self._matrices, self._norms = matrix_shapes(config), frozenset(norm_names(config))
+        self.native_groups = dict.fromkeys(self._matrices, DEFAULT_GROUP_SIZE)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> NDArray[np.float32]:
         """Floats: ones for a norm [H], the dequantised values for a matrix [N, K]."""
-        if name not in self._shapes:
-            return np.ones(self.config.hidden_size, dtype=np.float32)
+        if name in self._norms:
+            return np.ones(self.config.hidden_size, np.float32)
         values, scales = self.read_int8(name)
-        columns = values.shape[1]
-        return values * np.repeat(scales, DEFAULT_GROUP_SIZE, axis=1)[:, :columns]
+        floats = values.astype(np.float32)
+        for group in range(scales.shape[1]):
+            columns = slice(group * DEFAULT_GROUP_SIZE, (group + 1) * DEFAULT_GROUP_SIZE)
+            floats[:, columns] *= scales[:, group : group + 1]
+        return floats
 
-    def read_int8(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def read_int8(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """Uniform values [N, K] in [-127, 127], and scales that keep activations near 1."""
-        rows, columns = self._shapes[name]
+        rows, columns = self._matrices[name]
         key = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
         random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
         words = random.integers(0, 1 << 64, size=-(-rows * columns // 8), dtype=np.uint64)
         values = words.view(np.int8)[: rows * columns].reshape(rows, columns)
         np.maximum(values, -127, out=values)
         groups = -(-columns // DEFAULT_GROUP_SIZE)
-        spread = random.uniform(0.5, 1.5, (rows, groups)) / (73.3 * columns**0.5)
+        spread = random.uniform(0.5, 1.5, (rows, groups)) / (_SPREAD * columns**0.5)
         return values, spread.astype(np.float32)
 
     def close(self) -> None:

@@ -256,16 +256,19 @@ class _Header:
     def _strings(self, count: int, what: str) -> list[str]:
         """Return the next strings; the one loop that every token of a vocabulary goes through."""
         self._check_fits(count * _LENGTH.size, what)
-        mapped, end, position = self._mapped, self._end, self._position
+        mapped, position, end = self._mapped, self._position, self._end
         strings: list[str] = []
+        unpack, append = _LENGTH.unpack_from, strings.append  # looked up once: a third faster
         try:
             for _ in range(count):
                 start = position + _LENGTH.size
-                length = _LENGTH.unpack_from(mapped, position)[0] if start <= end else 0
+                if start > end:
+                    self._fail_for_room(f"a string of {what}")
+                (length,) = unpack(mapped, position)
                 position = start + length
                 if position > end:
-                    self._fail_at_end(f"{what} holds a string that")
-                strings.append(str(mapped[start:position], "utf-8"))
+                    self._fail_for_room(f"a string of {what}")
+                append(mapped[start:position].decode())
         except UnicodeDecodeError:
             self._fail(f"{what} is not valid UTF-8, in its string {len(strings)}")
         self._position = position
@@ -273,11 +276,11 @@ class _Header:
 
     def _check_fits(self, nbytes: int, what: str) -> None:
         if nbytes > self._end - self._position:
-            self._fail_at_end(f"{what} would take {nbytes} bytes at byte {self._position}, which")
+            self._fail_for_room(what)
 
-    def _fail_at_end(self, what: str) -> NoReturn:
+    def _fail_for_room(self, what: str) -> NoReturn:
         end = "the end of the file" if self._end == self._size else "the most a header may take"
-        self._fail(f"{what} lies beyond {end}, byte {self._end}")
+        self._fail(f"no room for {what} before {end}, {self._end} bytes")
 
     def _fail(self, problem: str) -> NoReturn:
         raise CheckpointError(f"{self._path}: {problem}")
@@ -337,7 +340,7 @@ _KIND_NAMES = {
 }
 _OTHER_FORMATS = {
     b"version https://git-lfs": "is a Git LFS pointer (git lfs pull fetches the file)",
-    b"pk\x03\x04": "is a zip archive, as torch.save writes them,",
-    b"\x80": "is a pickle, as torch.save writes them,",
+    b"pk\x03\x04": "is a zip archive, as torch.save writes them",
+    b"\x80": "is a pickle, as torch.save writes them",
     b"<": "is a web page",
 }

@@ -120,9 +120,9 @@ def _head_dim(file: GGUFFile, heads: int) -> int:
     head_dim = file.get("llama.attention.key_length", int)
     if head_dim is None:
         hidden = file.require("llama.embedding_length", int)
-        if heads < 1 or hidden % heads:
+        if min(hidden, heads) < 1 or hidden % heads:
             raise CheckpointError(
-                f"{file.path}: llama.embedding_length {hidden} is not a multiple of "
+                f"{file.path}: llama.embedding_length {hidden} is no positive multiple of "
                 f"llama.attention.head_count {heads}, and llama.attention.key_length is missing"
             )
         head_dim = hidden // heads

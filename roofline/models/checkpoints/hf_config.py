@@ -1,7 +1,12 @@
-"""Hugging Face's config.json to ModelConfig, and back. No weights are read and no torch imported."""
+"""Hugging Face's config.json to ModelConfig, and back. No weights are read and no torch imported.
 
+The files are untrusted: whatever would change an answer and is not done here is refused by name.
+"""
+
+import collections
+import functools
 import json
-import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,24 +19,37 @@ from roofline.config import (
     RopeScaling,
     WeightFormat,
 )
-from roofline.errors import CheckpointError, UnsupportedError
+from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.tensors import matrix_shapes
 
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 16 << 20  # the largest real index, of 90,000 tensors, has 9 MB
+_MAX_EOS_IDS = 1024
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of sane size; CheckpointError names the file otherwise."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; a safetensors folder needs one")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes is too large for a JSON file")
     try:
-        found = json.loads(path.read_bytes())
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file; a safetensors folder needs one")
+        if not path.is_file():  # opening a FIFO would wait for its writer
+            raise CheckpointError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: too large for JSON; the limit is {MAX_JSON_BYTES:,} bytes")
+    return parse_json(text, str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """A JSON object in UTF-8, no key of it twice; CheckpointError says `where` otherwise."""
+    try:
+        found = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(found).__name__}, not an object")
+        raise CheckpointError(f"{where}: holds a JSON {type(found).__name__}, not an object")
     return found
 
 
@@ -40,18 +58,17 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
     path = folder / "config.json"
     fields = Fields(read_json(path), str(path))
     _refuse_what_we_lack(fields)
-    heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    if heads < 1:
-        raise CheckpointError(f"{path}: num_attention_heads is {heads}; it must be at least 1")
+    heads, vocab_size = fields.integer("num_attention_heads"), fields.integer("vocab_size")
     theta, scaling, factors = _rope(fields)
-    config = ModelConfig(
-        hidden_size=hidden,
+    build = functools.partial(
+        ModelConfig,
+        hidden_size=fields.integer("hidden_size"),
         intermediate_size=fields.integer("intermediate_size"),
         num_layers=fields.integer("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", heads),
-        head_dim=fields.integer("head_dim", hidden // heads),
-        vocab_size=fields.integer("vocab_size"),
+        head_dim=_head_dim(fields, heads),
+        vocab_size=vocab_size,
         max_position=fields.integer("max_position_embeddings", 2048),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
@@ -59,36 +76,17 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
         rope_factors=factors,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         bos_token_id=fields.optional_integer("bos_token_id"),
-        eos_token_ids=_token_ids(fields, "eos_token_id"),
+        eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
     )
+    try:
+        config = build()
+    except RooflineError as error:  # of a config that does not know its file
+        raise type(error)(f"{path}: {error.message}") from None
     return config, _native_groups(fields, config)
 
 
 def write_config(config: ModelConfig, weights: WeightFormat, groups: Mapping[str, int]) -> str:
-    """config.json of a checkpoint quantised by us; `groups` are the tensors' actual groups."""
-    size = CHANNEL if weights.group_size == CHANNEL else weights.group(0, None)
-    columns = {name: shape[1] for name, shape in matrix_shapes(config).items()}
-    own = {n: g for n, g in groups.items() if g != (columns[n] if size == CHANNEL else size)}
-    quantization: dict[str, Any] = {
-        "quant_method": "roofline",
-        "bits": 8,
-        "group_size": size,
-        "symmetric": True,
-    }
-    if own:
-        quantization["group_sizes"] = own
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_factors is not None:
-        rope |= {"rope_type": "factors", "factors": list(config.rope_factors)}
-    elif config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            rope |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position,
-            }
+    """config.json of a checkpoint quantised by us; `groups` are the matrices' actual groups."""
     fields = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": config.architecture,
@@ -102,17 +100,20 @@ def write_config(config: ModelConfig, weights: WeightFormat, groups: Mapping[str
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": rope,
+        "rope_parameters": _rope_fields(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
-        "quantization_config": quantization,
+        "quantization_config": _quantization_fields(config, weights, groups),
     }
-    return json.dumps(fields, indent=2) + os.linesep
+    return json.dumps(fields, indent=2, allow_nan=False) + "\n"
 
 
 class Fields:
-    """Typed access to a JSON object; a wrong type or a missing field names file and field."""
+    """Typed access to a JSON object; a wrong type or a missing field names file and field.
+
+    A null counts as absent, as it does for Hugging Face.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -122,74 +123,110 @@ class Fields:
         return self.values.get(name)
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """An integer; null counts as absent."""
-        return self._typed(name, default, (int,), "an integer")
+        """An integer."""
+        value = self._present(name, default)
+        if type(value) is not int:
+            raise self.wrong(name, "an integer")
+        return value
 
     def optional_integer(self, name: str) -> int | None:
         """An integer, or None where absent."""
-        return None if self.values.get(name) is None else self.integer(name)
+        return None if self.get(name) is None else self.integer(name)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number, as float; null counts as absent."""
-        return float(self._typed(name, default, (int, float), "a number"))
+        """A finite number, as float."""
+        value = self._present(name, default)
+        number = type(value) is int or type(value) is float
+        if not number or not abs(value) <= sys.float_info.max:  # NaN compares false
+            raise self.wrong(name, "a finite number")
+        return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        """true or false; null counts as absent."""
-        value = self.values.get(name)
-        if value is None:
-            return default
+        """true or false."""
+        value = self._present(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {name} is {_short(value)}; it must be true or false")
+            raise self.wrong(name, "true or false")
         return value
 
-    def _typed(self, name: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
-        value = self.values.get(name)
-        if value is None:
-            value = default
+    def section(self, name: str) -> dict[str, Any]:
+        """The members of an object, none where absent."""
+        value = self._present(name, {})
+        if not isinstance(value, dict):
+            raise self.wrong(name, "an object")
+        return value
+
+    def wrong(self, name: str, wanted: str) -> CheckpointError:
+        """The error of a field that is not what is `wanted`."""
+        return CheckpointError(
+            f"{self.where}: {name} is {_short(self.get(name))}; it must be {wanted}"
+        )
+
+    def unsupported(self, name: str, supported: str) -> UnsupportedError:
+        """The error of a field whose value we do not do."""
+        value = _short(self.get(name))
+        return UnsupportedError(
+            f"{self.where}: {name} {value} is not supported; supported: {supported}"
+        )
+
+    def _present(self, name: str, default: Any) -> Any:
+        value = self.get(name)
+        value = default if value is None else value
         if value is None:
             raise CheckpointError(f"{self.where}: no field '{name}'")
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise CheckpointError(f"{self.where}: {name} is {_short(value)}; it must be {wanted}")
         return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members; ValueError for a key that comes twice, which readers take apart."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"duplicate key {_short(key)}")
+    return found
 
 
 def _refuse_what_we_lack(fields: Fields) -> None:
     """Name whatever would change the model's arithmetic and is not implemented."""
-    kind = fields.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{fields.where}: architecture {_short(kind)} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+    if fields.get("model_type") not in ARCHITECTURES:
+        raise fields.unsupported("model_type", ", ".join(ARCHITECTURES))
+    for name, neutral in _NEUTRAL.items():
+        if fields.get(name) is not None and json.dumps(fields.get(name)) != json.dumps(neutral):
+            raise fields.unsupported(name, f"{json.dumps(neutral)}, or no such field")
+
+
+def _head_dim(fields: Fields, heads: int) -> int:
+    """The stated size of a head, or the hidden size dealt over the heads."""
+    stated = fields.optional_integer("head_dim")
+    if stated is not None:
+        return stated
+    hidden = fields.integer("hidden_size")
+    if heads < 1 or hidden % heads:
+        raise CheckpointError(
+            f"{fields.where}: hidden_size {hidden} is not a multiple of "
+            f"num_attention_heads {heads}, and there is no head_dim"
         )
-    for name in ("attention_bias", "mlp_bias"):
-        if fields.boolean(name, False):
-            raise UnsupportedError(f"{fields.where}: {name} is not supported; only false is")
-    if fields.get("hidden_act") not in (None, "silu"):
-        raise UnsupportedError(
-            f"{fields.where}: hidden_act {_short(fields.get('hidden_act'))} is not supported; silu is"
-        )
+    return hidden // heads
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None, tuple[float, ...] | None]:
-    """Base, scaling and factors, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
+    """Base, scaling and factors: of `rope_parameters`, or of `rope_theta` and `rope_scaling`.
 
-    The type `factors` is ours: the divisors a GGUF file stores in place of a scaling rule.
+    The first is how transformers 5 writes them, the second how it did before. The type `factors`
+    is ours: the divisors a GGUF file stores in place of a scaling rule.
     """
-    merged = dict(fields.values)
-    for name in ("rope_scaling", "rope_parameters"):
-        part = fields.get(name)
-        if part is not None and not isinstance(part, dict):
-            raise CheckpointError(f"{fields.where}: {name} is {_short(part)}; it must be an object")
-        merged |= part or {}
-    rope = Fields(merged, fields.where)
+    sections = fields.section("rope_scaling") | fields.section("rope_parameters")
+    outside = {name: fields.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    rope = Fields(outside | sections, fields.where)
+    if rope.number("partial_rotary_factor", 1.0) != 1.0:
+        raise rope.unsupported("partial_rotary_factor", "1.0, or no such field")
     theta = rope.number("rope_theta", 10000.0)
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    if kind in (None, "default"):
+    kind = sections.get("rope_type", sections.get("type", "default"))
+    if kind == "default":
         return theta, None, None
     if kind == "linear":
         return theta, RopeScaling("linear", rope.number("factor")), None
     if kind == "factors":
-        return theta, None, _factors(fields.where, merged.get("factors"))
+        return theta, None, _factors(rope)
     if kind == "llama3":
         scaling = RopeScaling(
             "llama3",
@@ -200,52 +237,110 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None, tuple[float, ...] 
         )
         return theta, scaling, None
     raise UnsupportedError(
-        f"{fields.where}: rope_type {_short(kind)} is not supported; supported: default, linear, llama3"
+        f"{fields.where}: rope_type {_short(kind)} is not supported; "
+        "supported: default, linear, llama3"
     )
 
 
-def _factors(where: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list) or not all(type(f) in (int, float) for f in value):
-        raise CheckpointError(f"{where}: rope factors are {_short(value)}; they must be numbers")
-    return tuple(float(f) for f in value)
+def _factors(rope: Fields) -> tuple[float, ...]:
+    listed = rope.get("factors")
+    if not isinstance(listed, list):
+        raise rope.wrong("factors", "a list of numbers")
+    members = Fields({f"factors[{i}]": factor for i, factor in enumerate(listed)}, rope.where)
+    return tuple(members.number(name) for name in members.values)
 
 
-def _token_ids(fields: Fields, name: str) -> tuple[int, ...]:
-    value = fields.get(name)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(type(i) is not int for i in ids) or len(ids) > 1024:
-        raise CheckpointError(f"{fields.where}: {name} is {_short(value)}; it must be token ids")
-    return tuple(ids)
+def _rope_fields(config: ModelConfig) -> dict[str, Any]:
+    """What `_rope` reads."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = config.rope_scaling
+    if config.rope_factors is not None:
+        return rope | {"rope_type": "factors", "factors": list(config.rope_factors)}
+    if scaling is None:
+        return rope
+    rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    return rope
+
+
+def _eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
+    """Every id that ends an answer: config.json's, and generation_config.json's if there."""
+    ids, path = _listed_ids(config, vocab_size), folder / "generation_config.json"
+    if path.exists():
+        ids += _listed_ids(Fields(read_json(path), str(path)), vocab_size)
+    return tuple(dict.fromkeys(ids))
+
+
+def _listed_ids(fields: Fields, vocab_size: int) -> list[int]:
+    value = fields.get("eos_token_id")
+    ids = [] if value is None else list(value) if isinstance(value, list) else [value]
+    good = all(type(token) is int and 0 <= token < vocab_size for token in ids)
+    if not good or len(ids) > _MAX_EOS_IDS:
+        raise fields.wrong("eos_token_id", f"ids of the vocabulary, 0 to {vocab_size - 1}")
+    return ids
 
 
 def _native_groups(fields: Fields, config: ModelConfig) -> dict[str, int]:
     """Group sizes from `quantization_config`; other quantisers are refused by name."""
-    found = fields.get("quantization_config")
-    if found is None:
+    if fields.get("quantization_config") is None:
         return {}
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{fields.where}: quantization_config is not an object")
-    method = found.get("quant_method")
-    if method != "roofline" or found.get("bits") != 8 or found.get("symmetric") is not True:
-        raise UnsupportedError(
-            f"{fields.where}: weights quantised by {_short(method)} are not supported; supported: "
-            "floats (F32, F16, BF16), GGUF, and what `roofline quantize` writes"
+    found = Fields(fields.section("quantization_config"), f"{fields.where}: quantization_config")
+    if found.get("quant_method") != "roofline":
+        raise found.unsupported(
+            "quant_method", "floats (F32, F16, BF16), GGUF, and what `roofline quantize` writes"
         )
-    own = found.get("group_sizes", {})
-    if not isinstance(own, dict):
-        raise CheckpointError(f"{fields.where}: group_sizes is not an object")
-    groups = {}
-    for name, (_, columns) in matrix_shapes(config).items():
-        size = own.get(name, found.get("group_size"))
-        if size != CHANNEL and size not in GROUP_SIZES and size != columns:
-            sizes = ", ".join(map(str, GROUP_SIZES))
-            raise UnsupportedError(
-                f"{fields.where}: group_size {_short(size)} is not supported; supported: {sizes}, channel"
-            )
-        groups[name] = columns if size == CHANNEL else size
-    return groups
+    for name, only in (("bits", 8), ("symmetric", True)):
+        if json.dumps(found.get(name)) != json.dumps(only):
+            raise found.unsupported(name, json.dumps(only))
+    columns = {name: shape[1] for name, shape in matrix_shapes(config).items()}
+    own = Fields(found.section("group_sizes"), f"{found.where}: group_sizes")
+    for name in own.values:
+        if name not in columns:
+            raise CheckpointError(f"{own.where}: the model has no matrix {_short(name)}")
+    return {
+        name: _group(own, name, width) if name in own.values else _group(found, "group_size", width)
+        for name, width in columns.items()
+    }
+
+
+def _group(fields: Fields, name: str, columns: int) -> int:
+    """Columns that share a scale, of a matrix of so many."""
+    size = fields.get(name)
+    if size == CHANNEL:
+        return columns
+    if type(size) is not int or (size not in GROUP_SIZES and size != columns):
+        raise fields.unsupported(name, f"{', '.join(map(str, GROUP_SIZES))}, {CHANNEL}")
+    return size
+
+
+def _quantization_fields(
+    config: ModelConfig, weights: WeightFormat, groups: Mapping[str, int]
+) -> dict[str, Any]:
+    """What `_native_groups` reads: a group size for most, and those of the exceptions."""
+    columns = {name: shape[1] for name, shape in matrix_shapes(config).items()}
+    size = weights.group_size
+    if size == "auto":
+        commonest, _ = collections.Counter(groups.values()).most_common(1)[0]
+        size = commonest if commonest in GROUP_SIZES else CHANNEL
+    own = {n: g for n, g in groups.items() if g != (columns[n] if size == CHANNEL else size)}
+    fields = {"quant_method": "roofline", "bits": 8, "group_size": size, "symmetric": True}
+    return fields | ({"group_sizes": own} if own else {})
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# Fields of config.json that change the answer when they hold anything else.
+_NEUTRAL: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+}

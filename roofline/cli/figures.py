@@ -1,0 +1,68 @@
+"""How fast decoding went, and how close that is to what memory allows: the roofline.
+
+A decoding step reads every weight and scale once and the KV cache of each sequence, so
+`steps/s <= bandwidth / bytes read`.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import roofline
+from roofline import budget, execution, models
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What sequences decoded side by side read from memory, and how fast."""
+
+    tokens_per_s: float | None  # of each sequence: (n - 1) / (t_last - t_first); None below 2 tokens
+    bytes_per_token: float  # (weights + scales) / sequences + mean KV read
+
+    @classmethod
+    def of(cls, llm: "roofline.LLM", outputs: Sequence["roofline.RequestOutput"]) -> Self:
+        """The median sequence of a batch; its context grew from its prompt by its answer."""
+        rates = [rate for rate in map(_tokens_per_s, outputs) if rate is not None]
+        contexts = [len(o.prompt_token_ids) + len(o.outputs[0].token_ids) / 2 for o in outputs]
+        weights = budget.step_read_bytes(llm.budget.model) / len(outputs)
+        kv = statistics.fmean(contexts) * budget.kv_token_bytes(llm.model_config, llm.config.dtype)
+        return cls(statistics.median(rates) if rates else None, weights + kv)
+
+    def report(self, bandwidth_gb_s: float, sequences: int = 1) -> dict[str, float | None]:
+        """The figures of a JSON report."""
+        fraction = None
+        if self.tokens_per_s is not None:
+            read = self.tokens_per_s * sequences * self.bytes_per_token
+            fraction = read / (bandwidth_gb_s * 1e9)
+        return {
+            "decode_tokens_per_s": self.tokens_per_s,
+            "bytes_per_token": self.bytes_per_token,
+            "bandwidth_gb_s": bandwidth_gb_s,
+            "roofline_fraction": fraction,
+        }
+
+
+def bandwidth_gb_s() -> float:
+    """Read bandwidth of this host at torch's number of threads, 1e9 bytes/s; measured once."""
+    return execution.bandwidth.read(models.hub.cache_folder() / "bandwidth.json")
+
+
+def one_line(report: Mapping[str, Any]) -> str:
+    """A run's report for a person."""
+    line = f"{report['prompt_tokens']} prompt tokens, first token after {report['ttft_s']:.2f} s"
+    if report["decode_tokens_per_s"] is None:
+        return line
+    rate, size = report["decode_tokens_per_s"], report["bytes_per_token"]
+    return (
+        f"{line}, then {rate:.1f} tokens/s: {rate * size / 1e9:.2f} of {report['bandwidth_gb_s']:.1f} "
+        f"GB/s, {report['roofline_fraction']:.1%} of the roofline"
+    )
+
+
+def _tokens_per_s(output: "roofline.RequestOutput") -> float | None:
+    first, last = output.metrics.first_token_time, output.metrics.last_token_time
+    steps = len(output.outputs[0].token_ids) - 1
+    if steps < 1 or first is None or last is None or last <= first:
+        return None
+    return steps / (last - first)

@@ -1,0 +1,133 @@
+"""Command-line options made from dataclasses: a field is described once, where it is checked.
+
+A command takes `**options` and receives those that were given, as values of their types. Nothing
+is checked here and no default is filled in: the dataclass does both, for every door alike.
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from roofline.config import EngineConfig, parse_option
+from roofline.request import SamplingParams
+
+Json = Annotated[bool, Parameter(name="--json", help="print one JSON object")]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_SAMPLING_HELP = {  # of the fields that a command line offers
+    "temperature": "0 takes the likeliest token every time; 1 samples as the model was trained",
+    "top_k": "sample among this many likeliest tokens; 0 is all",
+    "top_p": "sample among the likeliest tokens that hold this much probability",
+    "min_p": "sample among tokens at least this likely, relative to the likeliest",
+    "repetition_penalty": "above 1: tokens of prompt and answer become less likely",
+    "presence_penalty": "above 0: tokens of the answer become less likely",
+    "frequency_penalty": "above 0: tokens of the answer become less likely, each time more",
+    "bad_words": "a text never to write; may be repeated",
+    "stop": "a text that ends the answer; may be repeated",
+    "stop_token_ids": "a token id that ends the answer; may be repeated",
+    "ignore_eos": "go on after the model's own end",
+    "min_tokens": "no end before this many tokens",
+    "max_tokens": "end after this many tokens; default: the rest of the context",
+}
+
+
+def accepts(*options: Sequence[inspect.Parameter]) -> Callable[[_Command], _Command]:
+    """Spell out `**options` of a command: its names, types, defaults and help."""
+
+    def decorate(command: _Command) -> _Command:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        spelled = [*own, *(parameter for group in options for parameter in group)]
+        cast("Any", command).__signature__ = signature.replace(parameters=spelled)
+        return command
+
+    return decorate
+
+
+def engine_options(
+    defaults: Mapping[str, object] | None = None, *, without: Collection[str] = ()
+) -> list[inspect.Parameter]:
+    """The fields of EngineConfig; `defaults` are the command's own, here for the help only."""
+    hints = get_type_hints(EngineConfig)
+    return [
+        _option(
+            field.name,
+            hints[field.name],
+            _ENGINE,
+            f"{field.metadata['help']} [env: ROOFLINE_{field.name.upper()}]",
+            (defaults or {}).get(field.name, field.default),
+        )
+        for field in dataclasses.fields(EngineConfig)
+        if field.name not in without
+    ]
+
+
+def sampling_options(defaults: Mapping[str, object]) -> list[inspect.Parameter]:
+    """The fields of SamplingParams that fit a command line."""
+    hints = get_type_hints(SamplingParams)
+    fields = {field.name: field for field in dataclasses.fields(SamplingParams)}
+    return [
+        _option(name, hints[name], _SAMPLING, text, defaults.get(name, fields[name].default))
+        for name, text in _SAMPLING_HELP.items()
+    ]
+
+
+def take_sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Remove the sampling options from those given, and return them."""
+    return {name: given.pop(name) for name in _SAMPLING_HELP if name in given}
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one object on one line of ASCII, whatever the terminal's encoding."""
+    print(json.dumps(document))
+
+
+_SAMPLING = Group("Sampling", sort_key=1)
+_ENGINE = Group("Engine", help="Each is read from the environment too.", sort_key=2)
+
+
+def _option(
+    name: str, hint: Any, group: Group, text: str, default: object
+) -> inspect.Parameter:
+    """A keyword that is absent unless given; the help shows what holds then."""
+    shown = Parameter(
+        group=group,
+        help=text,
+        show_default=False if default is None else lambda _: str(default).lower(),
+        negative=f"--no-{name.replace('_', '-')}" if default is True else (),
+    )
+    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
+    if hint is bool:
+        kind, reading = bool, Parameter()
+    elif lists:
+        (item,) = get_args(lists[0])
+        reading = Parameter(
+            converter=lambda _, tokens: [parse_option(item, token.value) for token in tokens],
+            metavar=_metavar(item),
+        )
+        kind = list[str]
+    else:
+        reading = Parameter(
+            converter=lambda _, tokens: parse_option(hint, tokens[0].value), metavar=_metavar(hint)
+        )
+        kind = str
+    annotation = Annotated[kind, shown, reading]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
+
+
+def _metavar(hint: Any) -> str:
+    """What a value looks like: `auto|INT`."""
+    members = get_args(hint) if get_origin(hint) is not Literal else (hint,)
+    words: list[str] = []
+    for member in members or (hint,):
+        if get_origin(member) is Literal:
+            words += get_args(member)
+        elif member is not type(None):
+            words.append("TEXT" if member is str else member.__name__.upper())
+    return "|".join(words)

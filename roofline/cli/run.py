@@ -1,0 +1,120 @@
+"""`roofline run`: one prompt, its answer on stdout as it is made, its figures on stderr.
+
+Prompt and options are checked before anything is loaded.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+import roofline
+from roofline.cli import figures, options
+from roofline.config import EngineConfig
+from roofline.errors import UsageError
+from roofline.request import SamplingParams
+
+_SAMPLING = {"temperature": 0.0}  # the same question has the same answer
+_ENGINE = {"max_num_seqs": 1}  # a KV pool for one
+
+
+@options.accepts(options.sampling_options(_SAMPLING), options.engine_options(_ENGINE))
+def run(
+    model: str,
+    prompt: str | None = None,
+    /,
+    *,
+    raw: Annotated[bool, Parameter(help="continue the text; no chat template")] = False,
+    json: options.Json = False,
+    **given: Any,
+) -> None:
+    """Answer a prompt: the text on stdout as it is made, one line of figures on stderr.
+
+    Greedy unless --temperature says otherwise, so that the same prompt has the same answer.
+
+    Parameters
+    ----------
+    model
+        A .gguf file, a safetensors folder, or a built-in name (smollm2-135m).
+    prompt
+        The text to answer; from stdin where it is - or absent. One newline at its end is dropped.
+    """
+    sampling = _sampling_params(options.take_sampling(given))
+    config = EngineConfig.from_options(given, os.environ, _ENGINE)
+    text = _read_prompt(prompt)
+    started = time.monotonic()
+    with roofline.LLM.from_config(model, config) as llm:
+        submitted = time.monotonic()
+        output = _answer(llm, _prompt_ids(llm, model, text, raw), sampling, show=not json)
+        decoding = figures.Decoding.of(llm, [output])
+    measured = {
+        "load_s": submitted - started,
+        "ttft_s": (output.metrics.first_token_time or submitted) - submitted,
+        **decoding.report(figures.bandwidth_gb_s()),
+    }
+    if json:
+        options.print_json(_answered(output) | measured)
+    else:
+        print(figures.one_line(_answered(output) | measured), file=sys.stderr)
+
+
+def _sampling_params(given: Mapping[str, Any]) -> SamplingParams:
+    """Check sampling options; those that would do nothing are refused."""
+    params = SamplingParams.from_options(_SAMPLING | given)
+    for name in ("top_k", "top_p", "min_p"):
+        if name in given and params.temperature == 0:
+            raise UsageError(f"{name} does nothing at temperature 0; add --temperature 1")
+    return params
+
+
+def _read_prompt(prompt: str | None) -> str:
+    """The prompt as given, or all of stdin; without the newline that a shell adds."""
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError("no prompt: write it after the model, or pipe it in")
+    if prompt is None or prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin is not UTF-8 at byte {error.start}") from error
+    prompt = prompt.removesuffix("\n")
+    if not prompt:
+        raise UsageError("the prompt is empty; it must have at least one character")
+    return prompt
+
+
+def _prompt_ids(llm: "roofline.LLM", model: str, text: str, raw: bool) -> list[int]:
+    tokenizer = llm.get_tokenizer()
+    if raw:
+        return tokenizer.encode(text)
+    if tokenizer.chat_template is None:
+        raise UsageError(f"{model} has no chat template; --raw continues the text as it is")
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
+
+
+def _answer(
+    llm: "roofline.LLM", ids: list[int], sampling: SamplingParams, *, show: bool
+) -> "roofline.RequestOutput":
+    """Generate, showing text as it comes; a step without new text shows nothing."""
+    shown = 0
+    for output in llm.stream(ids, sampling):
+        if show:
+            text = output.outputs[0].text
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    if show:
+        print()
+    return output
+
+
+def _answered(output: "roofline.RequestOutput") -> dict[str, Any]:
+    (answer,) = output.outputs
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "completion_tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+    }

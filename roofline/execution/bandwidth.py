@@ -1,0 +1,71 @@
+"""How fast this host reads memory: the slope of the roofline, measured once and kept in a file.
+
+Reading is a reduction over a buffer far larger than any cache, by torch's own threads.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roofline.budget import available_host_bytes
+from roofline.execution.host import cpu_model
+
+_PASS_BYTES = 1 << 30  # read in one pass
+_PASSES = 5
+
+
+def read(cache: Path) -> float:
+    """Read bandwidth in 1e9 bytes/s at torch's number of threads: from the file, or measured.
+
+    A file that cannot be understood is replaced; one that cannot be written is done without.
+    """
+    key = f"{platform.node()} | {cpu_model()} | {torch.get_num_threads()} threads"
+    known = _load(cache)
+    if key not in known:
+        known[key] = measure()
+        _save(cache, known)
+    return known[key]
+
+
+def measure(pass_bytes: int = _PASS_BYTES, passes: int = _PASSES) -> float:
+    """The median pass over `pass_bytes`, in 1e9 bytes/s."""
+    buffer_bytes = min(pass_bytes, max(available_host_bytes() // 4, 1 << 20))
+    buffer = torch.ones(buffer_bytes // 4, dtype=torch.float32)  # written: every page is its own
+    rounds = -(-pass_bytes // buffer_bytes)
+    buffer.amax()
+    seconds = []
+    for _ in range(passes):
+        start = time.perf_counter()
+        for _ in range(rounds):
+            buffer.amax()  # the reduction without a chain of additions: memory is its limit
+        seconds.append(time.perf_counter() - start)
+    return rounds * buffer.nbytes / statistics.median(seconds) / 1e9
+
+
+def _load(cache: Path) -> dict[str, float]:
+    """The hosts of a file; none if it is absent or damaged."""
+    try:
+        found: Any = json.loads(cache.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and 0 < v < 1e9}
+
+
+def _save(cache: Path, known: dict[str, float]) -> None:
+    """Write beside the file and rename: another process never reads half of it."""
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".bandwidth-", dir=cache.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(known, file, indent=1)
+        Path(name).replace(cache)

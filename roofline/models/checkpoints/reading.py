@@ -1,0 +1,46 @@
+"""What a checkpoint's tensors become in memory: INT8 groups and float32 norms, one at a time.
+
+The loader and the offline quantiser both read through here, so they get the same bits. No files,
+no shards; it imports only what an engine may.
+"""
+
+import torch
+from torch import Tensor
+
+from roofline.budget import GATE_UP, QKV, NativeGroups, Rank, layer_tensor, plan_model
+from roofline.config import ModelConfig, WeightFormat
+from roofline.errors import CheckpointError
+from roofline.models.checkpoints import Checkpoint
+from roofline.ops import Int8Weight
+from roofline.quantization.int8_groups import quantize
+
+_PIECES = (QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",))  # of LayerPlan.matrices()
+
+
+def tensor_groups(
+    config: ModelConfig, weights: WeightFormat, native: NativeGroups
+) -> dict[str, int]:
+    """Group size of every matrix, by the plan a loader follows: fused matrices share theirs."""
+    plan = plan_model(config, weights, Rank(), native)
+    tables = (plan.embedding, plan.head)
+    groups = {table.name: table.group for table in tables if table is not None}
+    for layer, layer_plan in plan.layers.items():
+        for pieces, matrix in zip(_PIECES, layer_plan.matrices(), strict=True):
+            groups |= {layer_tensor(layer, piece): matrix.group for piece in pieces}
+    return groups
+
+
+def int8_rows(checkpoint: Checkpoint, name: str, group: int, rows: slice) -> Int8Weight:
+    """Some rows of a matrix in groups of `group`: the file's own if it has them, else quantised."""
+    if checkpoint.native_groups.get(name) == group:
+        values, scales = map(torch.as_tensor, checkpoint.read_int8(name))
+        return Int8Weight(values[rows], scales[rows], group, 0)
+    return quantize(torch.as_tensor(checkpoint.read(name))[rows], group, name)
+
+
+def float_norm(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A norm's weight [H], float32, in memory of its own; CheckpointError for NaN or infinity."""
+    weight = torch.as_tensor(checkpoint.read(name)).float().clone()
+    if not weight.isfinite().all():
+        raise CheckpointError(f"tensor '{name}' holds NaN or infinity")
+    return weight

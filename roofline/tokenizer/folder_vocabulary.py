@@ -1,0 +1,189 @@
+"""A vocabulary from a model folder: tokenizer.json, and what the files beside it say of it.
+
+The files are untrusted. Which words and merges tokenizer.json describes is read by the `tokenizers`
+library; here is checked what it would not refuse in words.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+from tokenizers import AddedToken
+
+from roofline.errors import CheckpointError, UnsupportedError
+from roofline.tokenizer.vocabulary import Vocabulary, refusing_bad_vocabulary
+
+Kind = TypeVar("Kind")
+
+_MAX_FILE_BYTES = 1 << 27
+_MAX_ID = 1 << 24
+
+
+def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
+    """Check and build from tokenizer.json; the other files need not be there."""
+    folder = Path(path)
+    bpe, size = _read_tokenizer(folder / "tokenizer.json")
+    config = _Fields(folder / "tokenizer_config.json", required=False)
+    bos_token, bos = _named_token(config, "bos_token", bpe)
+    eos_token, eos = _named_token(config, "eos_token", bpe)
+    prefix, suffix = _surroundings(config, {"bos_token": bos, "eos_token": eos}, bpe)
+    named = {"bos_token": bos_token, "eos_token": eos_token}
+    return Vocabulary(
+        source=str(folder),
+        bpe=bpe,
+        size=size,
+        bos_token_id=bos,
+        eos_token_ids=() if eos is None else (eos,),
+        prefix=prefix,
+        suffix=suffix,
+        chat_template=_chat_template(folder / "chat_template.jinja", config),
+        template_tokens={name: text for name, text in named.items() if text is not None},
+    )
+
+
+class _Fields:
+    """A JSON object in a file, and typed look-ups in it."""
+
+    def __init__(self, file: Path, *, required: bool = True) -> None:
+        self.file = file
+        self.text = _read(file) if required or file.exists() else "{}"
+        try:
+            value = json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file}: is not valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file}: is {_named(value)}; it must be a JSON object")
+        self._fields: Mapping[str, Any] = value
+
+    def get(self, name: str, kind: type[Kind]) -> Kind | None:
+        """Return a field, None without it or where it is null; dots lead into objects."""
+        value: Any = self._fields
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None or isinstance(value, kind):
+            return value
+        raise self.wrong(name, f"is {_named(value)}; it must be {kind.__name__}")
+
+    def wrong(self, name: str, fault: str) -> CheckpointError:
+        """Say what is wrong with a field."""
+        return CheckpointError(f"{self.file}: {name} {fault}")
+
+
+def _read_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, int]:
+    """The tokenizer of a file and the size of its vocabulary."""
+    fields = _Fields(file)
+    for name, supported in {"model.type": "BPE", "decoder.type": "ByteLevel"}.items():
+        kind = fields.get(name, str)
+        if kind != supported:
+            raise UnsupportedError(
+                f"{file}: {name} {kind} is not supported; supported: {supported} (byte-level BPE)"
+            )
+    size = _vocabulary_size(fields)
+    with refusing_bad_vocabulary(str(file)):
+        bpe = tokenizers.Tokenizer.from_str(fields.text)
+        bpe.no_truncation()
+        bpe.no_padding()
+        bpe.encode("a")
+    given = {token["id"]: token["content"] for token in fields.get("added_tokens", list) or []}
+    taken = {id: token.content for id, token in bpe.get_added_tokens_decoder().items()}
+    if given != taken:
+        id = next(id for id in given if given[id] != taken.get(id))
+        raise fields.wrong("added_tokens", f"gives {given[id]!r} the id {id}, which it cannot have")
+    return bpe, size
+
+
+def _vocabulary_size(fields: _Fields) -> int:
+    """One more than the largest id, all of which are checked."""
+    ids = fields.get("model.vocab", dict)
+    if not ids:
+        raise fields.wrong("model.vocab", "is missing or empty")
+    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if fields.get(f"model.{affix}", str):
+            raise fields.wrong(f"model.{affix}", "is set; a byte-level BPE has none")
+    added = fields.get("added_tokens", list) or []
+    for index, token in enumerate(added):
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise fields.wrong(f"added_tokens[{index}]", "is not an object with a content")
+    pairs = [*ids.items(), *((token["content"], token.get("id")) for token in added)]
+    for token, id in pairs:
+        if type(id) is not int or not 0 <= id < _MAX_ID:
+            raise fields.wrong(
+                "model.vocab", f"gives {token!r} the id {id!r}; ids are from 0 to {_MAX_ID - 1}"
+            )
+    if len(set(ids.values())) != len(ids):
+        raise fields.wrong("model.vocab", "gives two tokens the same id")
+    return max(id for _, id in pairs) + 1
+
+
+def _named_token(
+    config: _Fields, name: str, bpe: tokenizers.Tokenizer
+) -> tuple[str | None, int | None]:
+    """The text and id of `bos_token` or `eos_token`: a string, or an object with one."""
+    nested = isinstance(config.get(name, object), dict)
+    text = config.get(f"{name}.content" if nested else name, str)
+    if text is None:
+        return None, None
+    token = bpe.token_to_id(text)
+    if token is None:
+        raise config.wrong(name, f"{text!r} is not in the vocabulary")
+    added = bpe.get_added_tokens_decoder().get(token)
+    if added is None or not added.special:  # special by its name, whatever tokenizer.json says
+        bpe.add_tokens([AddedToken(text, special=True, normalized=False)])
+    return text, token
+
+
+def _surroundings(
+    config: _Fields, ids: Mapping[str, int | None], bpe: tokenizers.Tokenizer
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids around a text: as the config says, or else as the post-processor puts them.
+
+    So decides `transformers` (`tokenization_utils_tokenizers.py`, `update_post_processor`).
+    """
+    wanted = {name: config.get(f"add_{name}", bool) for name in ids}
+    if all(want is None for want in wanted.values()):
+        text = bpe.encode("a", add_special_tokens=False).ids
+        whole = bpe.encode("a").ids
+        starts = range(len(whole) - len(text), -1, -1)
+        start = next(start for start in starts if whole[start : start + len(text)] == text)
+        return tuple(whole[:start]), tuple(whole[start + len(text) :])
+    around: list[tuple[int, ...]] = []
+    for name, token in ids.items():
+        if wanted[name] and token is None:
+            raise config.wrong(f"add_{name}", f"is true, but there is no {name}")
+        around.append((token,) if wanted[name] and token is not None else ())
+    before, after = around
+    return before, after
+
+
+def _chat_template(file: Path, config: _Fields) -> str | None:
+    """The template in a file of its own, or else the config's, of several the one named default."""
+    if file.exists():
+        return _read(file)
+    value = config.get("chat_template", object)
+    if not isinstance(value, list):
+        return config.get("chat_template", str)
+    for index, named in enumerate(value):
+        if not isinstance(named, dict) or not isinstance(named.get("template"), str):
+            raise config.wrong(f"chat_template[{index}]", "is not an object with a template")
+    return next((named["template"] for named in value if named.get("name") == "default"), None)
+
+
+def _read(file: Path) -> str:
+    try:
+        if not file.is_file():  # opening a FIFO would wait for its writer
+            fault = "is not a regular file" if file.exists() else "no such file"
+            raise CheckpointError(f"{file}: {fault}")
+        if file.stat().st_size > _MAX_FILE_BYTES:
+            raise CheckpointError(f"{file}: is larger than {_MAX_FILE_BYTES} bytes")
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: is not UTF-8: {error.reason}") from None
+
+
+def _named(value: object) -> str:
+    return "null" if value is None else type(value).__name__
