@@ -4,6 +4,7 @@ The allocator and `roofline fit` call the same functions, so the bytes printed a
 Nothing here allocates, reads weights or imports torch.
 """
 
+import bisect
 import dataclasses
 import math
 import os
@@ -15,27 +16,27 @@ from roofline.errors import CapacityError
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
 SCALE_BYTES = 4
-SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache
+SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
 
-NativeGroups = Mapping[str, int]  # checkpoint tensor name -> group size, for tensors that are INT8 on disk
+NativeGroups = Mapping[str, int]  # group size of each checkpoint tensor that is INT8 on disk
 
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
     """A place in the mesh: who shares the layers, and which stage of them this is."""
 
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     tp_rank: int = 0
     stage: int = 0
 
     @property
     def is_first_stage(self) -> bool:
-        """This rank embeds tokens."""
+        """Whether it embeds tokens."""
         return self.stage == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank computes logits."""
+        """Whether it computes logits."""
         return self.stage == self.parallel.pipeline_parallel_size - 1
 
 
@@ -113,7 +114,7 @@ class ModelPlan:
 def plan_model(
     model: ModelConfig, weights: WeightFormat, rank: Rank, native: NativeGroups
 ) -> ModelPlan:
-    """The weights of one rank, cut as DESIGN says: columns, then rows, vocabulary in units of 64."""
+    """The weights of one rank: column-parallel, then row-parallel; the vocabulary by rows."""
     layers = {
         i: _plan_layer(model, weights, rank, native, i)
         for i in rank.parallel.layers(model, rank.stage)
@@ -188,9 +189,11 @@ def plan_step_buffers(
     model: ModelConfig, dtype: str, rank: Rank, step: StepShape
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """The arena: name -> (shape, dtype) of every buffer a step uses on one rank."""
-    tokens, rows, parallel, tp = step.max_num_batched_tokens, step.max_num_seqs, rank.parallel, rank.tp_rank
+    tokens, rows = step.max_num_batched_tokens, step.max_num_seqs
+    parallel, tp = rank.parallel, rank.tp_rank
     heads = len(parallel.query_heads(model, tp))
     channels = len(parallel.ffn_channels(model, tp))
+    longest_row = max(model.hidden_size, heads * model.head_dim, channels)
     buffers: dict[str, tuple[tuple[int, ...], str]] = {
         "token_ids": ((tokens,), "int64"),
         "positions": ((tokens,), "int64"),
@@ -204,7 +207,7 @@ def plan_step_buffers(
         "query": ((tokens, heads, model.head_dim), dtype),
         "attended": ((tokens, heads, model.head_dim), dtype),
         "activated": ((tokens, channels), dtype),
-        "scratch": ((SCRATCH_VALUES,), "float32"),
+        "scratch": ((max(SCRATCH_VALUES, longest_row),), "float32"),
         "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
     }
     if rank.is_last_stage:
@@ -246,7 +249,9 @@ class RankBudget:
     @property
     def total_bytes(self) -> int:
         """Weights, scales, KV pool and step buffers."""
-        return self.model.weight_bytes + self.model.scale_bytes + self.kv_bytes + self.activation_bytes
+        return (
+            self.model.weight_bytes + self.model.scale_bytes + self.kv_bytes + self.activation_bytes
+        )
 
 
 def plan_rank(
@@ -261,60 +266,133 @@ def plan_rank(
     Raises CapacityError, with the largest context that fits, when one request of the asked
     length does not.
     """
-    weights = plan_model(model, config.weights, rank, native)
+    sizing = _Sizing(model, config, rank, plan_model(model, config.weights, rank, native))
     asked = model.max_position if config.max_model_len == "auto" else config.max_model_len
-    block_bytes = kv_block_bytes(model, config.dtype, rank, config.block_size)
+    planned = sizing.at(asked, available_bytes)
+    if planned is None:
+        shorter = range(1, asked)
+        largest = bisect.bisect_left(
+            shorter, True, key=lambda n: sizing.at(n, available_bytes) is None
+        )
+        if largest and config.max_model_len == "auto":
+            planned = sizing.at(largest, available_bytes)
+        if planned is None:
+            raise CapacityError(sizing.refusal(asked, largest, available_bytes))
+    if config.kv_cache_memory_bytes is not None and planned.total_bytes > available_bytes:
+        raise CapacityError(
+            f"weights, step buffers and a KV pool of {planned.kv_bytes:,} bytes come to "
+            f"{planned.total_bytes:,}, and {available_bytes:,} are free; "
+            "lower --kv-cache-memory-bytes, --max-model-len or --max-num-seqs"
+        )
+    return planned
 
-    def activations(length: int) -> tuple[StepShape, int]:
+
+@dataclasses.dataclass(frozen=True)
+class _Sizing:
+    """What one rank would hold at any length of context."""
+
+    model: ModelConfig
+    config: EngineConfig
+    rank: Rank
+    weights: ModelPlan
+
+    def at(self, length: int, available_bytes: int) -> RankBudget | None:
+        """The rank's budget at a context of `length` tokens; None if not one such request fits."""
+        step, activation_bytes = self._step(length)
+        block_bytes = self._block_bytes()
+        room = self._kv_room(activation_bytes, available_bytes)
+        blocks = min(room // block_bytes, self.config.max_num_seqs * step.blocks_per_row)
+        if blocks < step.blocks_per_row:
+            return None
+        return RankBudget(self.weights, step, blocks, blocks * block_bytes, activation_bytes)
+
+    def refusal(self, asked: int, largest: int, available_bytes: int) -> str:
+        """Why a context does not fit, and what would."""
+        step, activation_bytes = self._step(asked)
+        needed = step.blocks_per_row * self._block_bytes()
+        room = max(0, self._kv_room(activation_bytes, available_bytes))
+        weights = self.weights.weight_bytes + self.weights.scale_bytes
+        fits = f"--max-model-len {largest} is the largest that fits" if largest else "none fits"
+        given = self.config.kv_cache_memory_bytes is not None
+        return (
+            f"a context of {asked} tokens needs {needed:,} bytes of KV cache, and {room:,} are "
+            f"left for it beside {weights:,} of weights and {activation_bytes:,} of step buffers; "
+            f"{fits}, or raise {'--kv-cache-memory-bytes' if given else '--gpu-memory-utilization'}"
+        )
+
+    def _step(self, length: int) -> tuple[StepShape, int]:
+        config = self.config
         step = StepShape(
             config.max_num_batched_tokens, config.max_num_seqs, length, config.block_size
         )
-        return step, buffer_bytes(plan_step_buffers(model, config.dtype, rank, step))
+        buffers = plan_step_buffers(self.model, config.dtype, self.rank, step)
+        return step, buffer_bytes(buffers)
 
-    step, activation_bytes = activations(asked)
-    budget = config.kv_cache_memory_bytes
-    if budget is None:
-        budget = int(available_bytes * config.gpu_memory_utilization)
-        budget -= weights.weight_bytes + weights.scale_bytes + activation_bytes
-    blocks = max(0, min(budget // block_bytes, config.max_num_seqs * step.blocks_per_row))
-    if blocks < step.blocks_per_row:
-        largest = blocks * config.block_size
-        if config.max_model_len != "auto" or largest < config.block_size:
-            raise CapacityError(_does_not_fit(config, asked, largest, budget, block_bytes, weights))
-        step, activation_bytes = activations(largest)
-    return RankBudget(weights, step, blocks, blocks * block_bytes, activation_bytes)
+    def _block_bytes(self) -> int:
+        return kv_block_bytes(self.model, self.config.dtype, self.rank, self.config.block_size)
 
-
-def _does_not_fit(
-    config: EngineConfig, asked: int, largest: int, budget: int, block_bytes: int, model: ModelPlan
-) -> str:
-    needed = -(-asked // config.block_size) * block_bytes
-    fits = f"--max-model-len {largest} is the largest that does" if largest > 0 else "no context does"
-    return (
-        f"a context of {asked} tokens needs {needed:,} bytes of KV cache, but {max(budget, 0):,} are "
-        f"left for it beside {model.weight_bytes + model.scale_bytes:,} of weights; {fits}; "
-        "or raise --gpu-memory-utilization or --kv-cache-memory-bytes"
-    )
+    def _kv_room(self, activation_bytes: int, available_bytes: int) -> int:
+        if self.config.kv_cache_memory_bytes is not None:
+            return self.config.kv_cache_memory_bytes
+        budget = int(available_bytes * self.config.gpu_memory_utilization)
+        return budget - self.weights.weight_bytes - self.weights.scale_bytes - activation_bytes
 
 
 def step_read_bytes(plan: ModelPlan) -> int:
-    """Weights and scales one decoding step reads: all but an embedding that is not also the head."""
+    """Weights and scales a decoding step reads: all but an embedding that is not also the head."""
     lookup_only = plan.embedding if plan.head is not None else None
     unread = lookup_only.weight_bytes + lookup_only.scale_bytes if lookup_only else 0
     return plan.weight_bytes + plan.scale_bytes - unread
 
 
-def available_host_bytes() -> int:
-    """Memory this process could still take: the kernel's estimate, within the cgroup's limit."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _read_lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit = "".join(_read_lines(Path("/sys/fs/cgroup/memory.max")))
-    used = "".join(_read_lines(Path("/sys/fs/cgroup/memory.current")))
-    if limit.isdigit() and used.isdigit():
-        available = min(available, int(limit) - int(used))
-    return available
+def available_host_bytes(root: Path = Path("/")) -> int:
+    """Memory this process could still take: the kernel's estimate, within its cgroups' limits."""
+    meminfo = _numbers(root / "proc/meminfo")
+    if "MemAvailable" in meminfo:
+        available = 1024 * meminfo["MemAvailable"]
+    else:  # not Linux
+        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+        available = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    for line in _read_lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            if controller in _CGROUPS:
+                available = min(available, _cgroup_room(root, _CGROUPS[controller], path))
+    return max(0, available)
+
+
+_UNLIMITED = 1 << 62  # bytes
+_CGROUPS = {  # controller (v2 names none): mount, and files of limit and use
+    "": ("sys/fs/cgroup", "memory.max", "memory.current"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+
+
+def _cgroup_room(root: Path, files: tuple[str, str, str], path: str) -> int:
+    """Bytes left in a cgroup and in those around it.
+
+    Page cache not used lately is no use of memory: the kernel drops it, and a model file just read
+    would otherwise count twice.
+    """
+    mount, limit_file, usage_file = files
+    room, top = _UNLIMITED, root / mount
+    folder = top / path.lstrip("/")
+    for group in (folder, *folder.parents):
+        limit = "".join(_read_lines(group / limit_file))
+        usage = "".join(_read_lines(group / usage_file))
+        if limit.isdigit() and usage.isdigit():
+            stat = _numbers(group / "memory.stat")
+            cache = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+            room = min(room, int(limit) - int(usage) + cache)
+        if group == top:
+            break
+    return room
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The numbers of a file of lines `name value` or `name: value unit`."""
+    fields = [line.replace(":", " ").split() for line in _read_lines(path)]
+    return {f[0]: int(f[1]) for f in fields if len(f) > 1 and f[1].isdigit()}
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from roofline.errors import CheckpointError, UnsupportedError, UsageError
+from roofline.errors import CheckpointError, UnsupportedError, UsageError, shown
 
 CHANNEL = "channel"  # one scale for a whole output channel
 GROUP_SIZES = (32, 64, 128, 256)
@@ -64,7 +64,9 @@ class ModelConfig:
         for name, limit in _SIZE_LIMITS.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
-                raise CheckpointError(f"model config: {name} is {value!r}; it must be an integer from 1 to {limit}")
+                raise CheckpointError(
+                    f"model config: {name} is {shown(value)}; it must be an integer from 1 to {limit}"
+                )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"model config: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -74,12 +76,12 @@ class ModelConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (isinstance(value, float) and math.isfinite(value) and value > 0):
-                raise CheckpointError(f"model config: {name} is {value!r}; it must be a finite number above 0")
+                raise CheckpointError(f"model config: {name} is {shown(value)}; it must be a finite number above 0")
         self._check_rope()
         for token in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise CheckpointError(
-                    f"model config: special token id {token!r} is outside the vocabulary of {self.vocab_size}"
+                    f"model config: special token id {shown(token)} is outside the vocabulary of {self.vocab_size}"
                 )
 
     def _check_rope(self) -> None:
@@ -169,7 +171,7 @@ class ParallelConfig:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= 1024:
-                raise UsageError(f"{name} is {value!r}; it must be an integer from 1 to 1024")
+                raise UsageError(f"{name} is {shown(value)}; it must be an integer from 1 to 1024")
 
     def check(self, model: ModelConfig) -> None:
         """Refuse a split that would leave a rank without work."""
@@ -305,7 +307,14 @@ class EngineConfig:
         group = self.group_size
         if type(group) is int and group not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
-            raise UnsupportedError(f"group_size {group} is not supported; supported: {sizes}, channel")
+            raise UnsupportedError(
+                f"group_size {shown(group)} is not supported; supported: {sizes}, channel"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UsageError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least "
+                f"max_num_seqs, {self.max_num_seqs}, or some requests would never decode"
+            )
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) != 1:
                 raise UnsupportedError(
@@ -400,7 +409,7 @@ def _check_option(name: str, field: "dataclasses.Field[Any]", hint: Any, value: 
         wanted.append(kind if low is None else f"{kind} from {low} to {high}")
     if bool in kinds:
         wanted.append("true or false")
-    raise UsageError(f"{name} is {value!r}; it must be {' or '.join(wanted)}")
+    raise UsageError(f"{name} is {shown(value)}; it must be {' or '.join(wanted)}")
 
 
 PRESETS: dict[str, ModelConfig] = {

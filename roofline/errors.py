@@ -11,6 +11,8 @@
 A message is one line and the whole answer: what, where, and the nearest thing that works.
 """
 
+import reprlib
+
 
 class RooflineError(Exception):
     """The root; `exit_code` is what the command line leaves with."""
@@ -47,3 +49,19 @@ class DownloadError(RooflineError):
 
 class CapacityError(RooflineError):
     """Something does not fit in memory or on disk; says how much would."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and cut whatever its size."""
+    return " ".join(_short.repr(value).split())
+
+
+class _Short(reprlib.Repr):
+    # An @override, but typing has none before Python 3.12.
+    def repr_int(self, x: int, level: int) -> str:  # pyrefly: ignore[missing-override-decorator]
+        """Tell the size of an integer too long to print (Python refuses above 4,300 digits)."""
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+_short = _Short()
+_short.maxstring = _short.maxother = 60

@@ -166,7 +166,7 @@ class LLM:
         priority: Sequence[int] | None,
     ) -> list["_Generation"]:
         """Everything asked for, checked; nothing has reached the engine."""
-        listed = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        listed = _list_prompts(prompts)
         each = _spread("sampling_params", params or SamplingParams(), SamplingParams, len(listed))
         priorities = _spread("priority", 0 if priority is None else priority, int, len(listed))
         return [
@@ -199,7 +199,9 @@ class LLM:
             if set(prompt) == {"prompt_token_ids"}:
                 return None, list(prompt["prompt_token_ids"])
             if set(prompt) != {"prompt"}:
-                raise RequestError("a prompt object holds 'prompt' or 'prompt_token_ids', nothing else")
+                raise RequestError(
+                    "a prompt object holds 'prompt' or 'prompt_token_ids', nothing else"
+                )
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self.get_tokenizer().encode(prompt)
@@ -298,11 +300,12 @@ class _Generation:
         self.output.finished = all(o.finish_reason is not None for o in self.output.outputs)
 
     def _take_text(self, answer: CompletionOutput, stream: TextStream, new: TokenOutput) -> None:
-        """Add the text of new ids; a stop token's own text is dropped, a stop string ends it all."""
+        """Add the text of new ids; a stop token's own is dropped, a stop string ends it."""
         params, ids = self._params, new.token_ids
         if new.finish_reason == "stop" and not params.include_stop_str_in_output:
             ids = ids[:-1]
-        answer.text += stream.push(ids)
+        may_stop = len(answer.token_ids) > params.min_tokens
+        answer.text += stream.push(ids, may_stop=may_stop)
         if stream.stopped_by is not None:
             answer.finish_reason, answer.stop_reason = "stop", stream.stopped_by
         elif new.finish_reason is not None:
@@ -348,13 +351,15 @@ def _scheduler_config(
     )
 
 
-def _is_one_prompt(prompts: Any) -> bool:
-    """A string, an object, or a list of ids: not a list of prompts."""
+def _list_prompts(prompts: Any) -> list[Prompt]:
+    """The prompts in a list, where there may be one: a string, an object, or a list of ids."""
     if isinstance(prompts, (str, Mapping)):
-        return True
+        return [prompts]
     if not isinstance(prompts, Sequence):
         raise RequestError("prompts must be text, token ids, or a list of those")
-    return len(prompts) > 0 and all(isinstance(item, int) for item in prompts)
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]
+    return list(prompts)
 
 
 def _spread(name: str, value: Any, kind: type, count: int) -> list[Any]:

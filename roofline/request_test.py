@@ -222,3 +222,23 @@ def test_a_request_keeps_its_own_copy_of_the_prompt() -> None:
     request = Request("a", prompt, SamplingParams(), seed=0)
     prompt.append(3)
     assert request.tokens == [1, 2]
+
+
+def test_a_stop_token_counts_only_after_min_tokens_others() -> None:
+    sampling = SamplingParams(min_tokens=2, stop_token_ids=[9])
+    request = Request("a", [1], sampling, seed=0, eos_token_ids=[2])
+    request.max_total_tokens = 10
+    assert [request.append(token) for token in (9, 2, 2)] == [None, None, "stop"]
+    assert (request.num_output, request.finish_reason) == (3, "stop")
+    assert (request.stop_reason(9), request.stop_reason(2)) == (9, None)
+
+
+def test_a_request_ends_at_its_limit_and_a_stop_there_is_a_stop() -> None:
+    def last(token: int) -> str | None:
+        request = Request("a", [1], SamplingParams(), seed=0, eos_token_ids=[2])
+        request.max_total_tokens = 3
+        assert request.append(5) is None
+        return request.append(token)
+
+    assert last(5) == "length"
+    assert last(2) == "stop"

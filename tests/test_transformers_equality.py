@@ -1,22 +1,27 @@
 """Logits and greedy tokens against transformers: the real model, and small random ones."""
 
-import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from roofline import LLM, SamplingParams
+from roofline.config import EngineConfig
+from roofline.llm import RequestOutput
+from roofline.models.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from tests.prompts import PROMPTS
+from tests.whole_model import WholeModel
 
-GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, prompt_logprobs=0, logprobs=0)
+FLOATS: dict[str, Any] = {"quantization": "none", "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def peer(smollm2_path: Path) -> LlamaForCausalLM:
+def peer(smollm2_path: Path) -> Any:
     """SmolLM2 dequantised to float32 by transformers' own GGUF loader."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
@@ -25,101 +30,94 @@ def peer(smollm2_path: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2_path: Path):
-    """The same file, its weights kept as floats."""
-    with LLM(
-        str(smollm2_path), quantization="none", dtype="float32", max_model_len=256, max_num_seqs=20
-    ) as llm:
-        yield llm
+def answers(smollm2_path: Path) -> Iterator[list[RequestOutput]]:
+    """What we say to twenty prompts, 64 tokens each, greedily, in one batch."""
+    asked = SamplingParams(
+        temperature=0, max_tokens=64, ignore_eos=True, prompt_logprobs=0, logprobs=0
+    )
+    with LLM(str(smollm2_path), max_model_len=256, max_num_seqs=20, **FLOATS) as llm:
+        yield llm.generate(PROMPTS, asked)
 
 
 @torch.inference_mode()
-def test_smollm2_in_float32_has_the_logits_and_greedy_tokens_of_transformers(peer, ours) -> None:
-    answers = ours.generate(PROMPTS, GREEDY)
-    worst = 0.0
+def test_smollm2_gives_the_greedy_tokens_and_logprobs_of_transformers(
+    peer: Any, answers: list[RequestOutput]
+) -> None:
     for answer in answers:
-        ids = answer.prompt_token_ids + answer.outputs[0].token_ids
-        logits = peer(torch.tensor([ids])).logits[0]
-        start = len(answer.prompt_token_ids)
-        assert answer.outputs[0].token_ids == logits[start - 1 : -1].argmax(-1).tolist()
-        worst = max(worst, *_logprob_differences(answer, logits.log_softmax(-1)))
-    assert worst < 1e-3
-
-
-def _logprob_differences(answer, expected: torch.Tensor) -> list[float]:
-    """|ours - transformers'| for every prompt token but the first, and every output token."""
-    ids = answer.prompt_token_ids + answer.outputs[0].token_ids
-    entries = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
-    return [
-        abs(entry[token].logprob - float(expected[place, token]))
-        for place, (token, entry) in enumerate(zip(ids[1:], entries, strict=True))
-    ]
+        _assert_same_tokens_and_logprobs(answer, peer, 1e-3)
 
 
 @torch.inference_mode()
-def test_smollm2_logits_are_within_a_thousandth_of_transformers(peer, ours) -> None:
-    prompt = ours.get_tokenizer().encode(PROMPTS[1])
-    everything = SamplingParams(temperature=0, max_tokens=1, logprobs=20)
-    step = ours.generate([prompt], everything)[0].outputs[0].logprobs[0]
-    expected = peer(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-    top = expected.topk(20)
-    assert list(step) [:1] == top.indices[:1].tolist()
-    for token, entry in step.items():
-        assert math.isclose(entry.logprob, float(expected[token]), abs_tol=1e-3)
-    assert set(step) == set(top.indices.tolist())
+def test_smollm2_logits_are_within_a_thousandth_of_transformers(
+    peer: Any, answers: list[RequestOutput], smollm2_path: Path
+) -> None:
+    checkpoint = GGUFCheckpoint(smollm2_path)
+    ours = WholeModel(checkpoint, EngineConfig(max_model_len=256, max_num_seqs=1, **FLOATS))
+    checkpoint.close()
+    for answer in answers:
+        ids = _all_ids(answer)
+        assert (ours.logits(ids) - peer(torch.tensor([ids])).logits[0]).abs().max() < 1e-3
 
 
-SHAPES = {
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+SHAPES: dict[str, dict[str, Any]] = {
     "tied, 4 queries to a KV head": dict(heads=4, kv_heads=1, head_dim=64, tied=True),
     "untied, no grouping": dict(heads=4, kv_heads=4, head_dim=64, tied=False),
-    "9 heads over 3": dict(heads=9, kv_heads=3, head_dim=64, tied=True),
-    "8 queries to a KV head": dict(heads=8, kv_heads=1, head_dim=128, tied=False),
+    "tied, 9 heads over 3": dict(heads=9, kv_heads=3, head_dim=64, tied=True),
+    "untied, 8 queries to a KV head": dict(heads=8, kv_heads=1, head_dim=128, tied=False),
     "head_dim 80": dict(heads=6, kv_heads=2, head_dim=80, tied=False),
-    "head_dim 128, llama3 rope": dict(
-        heads=4,
-        kv_heads=2,
-        head_dim=128,
-        tied=True,
-        rope={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ),
-    "linear rope": dict(
-        heads=4,
-        kv_heads=2,
-        head_dim=64,
-        tied=False,
-        rope={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    ),
+    "llama3 rope": dict(heads=4, kv_heads=2, head_dim=128, tied=True, rope=LLAMA3_ROPE),
+    "linear rope": dict(heads=4, kv_heads=2, head_dim=64, tied=False, rope=LINEAR_ROPE),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @torch.inference_mode()
-def test_small_random_checkpoint_has_the_logits_of_transformers(shape, tmp_path: Path) -> None:
-    model = _random_model(tmp_path, **shape)
+def test_small_random_checkpoint_gives_the_tokens_and_logprobs_of_transformers(
+    shape: dict[str, Any], tmp_path: Path
+) -> None:
+    peer = _random_model(tmp_path, **shape)
     prompts = [torch.randint(0, 256, (length,)).tolist() for length in (1, 2, 17, 90)]
     asked = SamplingParams(
         temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0, logprobs=0
     )
-    with LLM(str(tmp_path), quantization="none", dtype="float32") as llm:
-        answers = llm.generate(prompts, asked)
-    for answer in answers:
-        ids = answer.prompt_token_ids + answer.outputs[0].token_ids
-        logits = model(torch.tensor([ids])).logits[0]
-        start = len(answer.prompt_token_ids)
-        assert answer.outputs[0].token_ids == logits[start - 1 : -1].argmax(-1).tolist()
-        assert max(_logprob_differences(answer, logits.log_softmax(-1))) < 1e-4
+    with LLM(str(tmp_path), **FLOATS) as llm:
+        for answer in llm.generate(prompts, asked):
+            _assert_same_tokens_and_logprobs(answer, peer, 1e-4)
+
+
+def _all_ids(answer: RequestOutput) -> list[int]:
+    return answer.prompt_token_ids + answer.outputs[0].token_ids
+
+
+def _assert_same_tokens_and_logprobs(answer: RequestOutput, peer: Any, tolerance: float) -> None:
+    """Every output token is the peer's argmax; every token's logprob is the peer's."""
+    ids, start, output = _all_ids(answer), len(answer.prompt_token_ids), answer.outputs[0]
+    logits = peer(torch.tensor([ids])).logits[0]
+    assert output.token_ids == logits[start - 1 : -1].argmax(-1).tolist()
+    assert answer.prompt_logprobs is not None and output.logprobs is not None
+    ours = [entry for entry in answer.prompt_logprobs + output.logprobs if entry is not None]
+    given = torch.tensor([entry[token].logprob for token, entry in zip(ids[1:], ours, strict=True)])
+    expected = logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+    assert (given - expected).abs().max() < tolerance
 
 
 def _random_model(
-    folder: Path, heads: int, kv_heads: int, head_dim: int, tied: bool, rope: dict | None = None
-) -> LlamaForCausalLM:
+    folder: Path,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    tied: bool,
+    rope: dict[str, Any] | None = None,
+) -> Any:
     """A two-layer model with weights large enough that its logits differ by more than noise."""
     config = LlamaConfig(
         hidden_size=heads * 32,
@@ -136,6 +134,9 @@ def _random_model(
     )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.BPE({chr(0x100 + i): i for i in range(256)}, []))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     return model

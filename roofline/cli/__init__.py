@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: the program's) name; return its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter still gets the rest
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal that lacks a letter still gets the rest
             stream.reconfigure(errors="backslashreplace")
     try:
         with _output():

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import roofline
+import roofline  # the public door: what it names loads on use, torch with it
 from roofline import budget, execution, models
 
 
@@ -17,7 +17,9 @@ from roofline import budget, execution, models
 class Decoding:
     """What sequences decoded side by side read from memory, and how fast."""
 
-    tokens_per_s: float | None  # of each sequence: (n - 1) / (t_last - t_first); None below 2 tokens
+    tokens_per_s: (
+        float | None
+    )  # of each sequence: (n - 1) / (t_last - t_first); None below 2 tokens
     bytes_per_token: float  # (weights + scales) / sequences + mean KV read
 
     @classmethod
@@ -43,9 +45,9 @@ class Decoding:
         }
 
 
-def bandwidth_gb_s() -> float:
+def bandwidth_gb_s(*, anew: bool = False) -> float:
     """Read bandwidth of this host at torch's number of threads, 1e9 bytes/s; measured once."""
-    return execution.bandwidth.read(models.hub.cache_folder() / "bandwidth.json")
+    return execution.bandwidth.read(models.hub.cache_folder() / "bandwidth.json", anew=anew)
 
 
 def one_line(report: Mapping[str, Any]) -> str:
@@ -53,10 +55,11 @@ def one_line(report: Mapping[str, Any]) -> str:
     line = f"{report['prompt_tokens']} prompt tokens, first token after {report['ttft_s']:.2f} s"
     if report["decode_tokens_per_s"] is None:
         return line
-    rate, size = report["decode_tokens_per_s"], report["bytes_per_token"]
+    rate, bandwidth = report["decode_tokens_per_s"], report["bandwidth_gb_s"]
+    read = rate * report["bytes_per_token"] / 1e9
     return (
-        f"{line}, then {rate:.1f} tokens/s: {rate * size / 1e9:.2f} of {report['bandwidth_gb_s']:.1f} "
-        f"GB/s, {report['roofline_fraction']:.1%} of the roofline"
+        f"{line}, then {rate:.1f} tokens/s: {read:.2f} of {bandwidth:.1f} GB/s, "
+        f"{report['roofline_fraction']:.1%} of the roofline"
     )
 
 

@@ -6,7 +6,6 @@ is checked here and no default is filled in: the dataclass does both, for every 
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -15,6 +14,9 @@ from cyclopts import Group, Parameter
 from roofline.config import EngineConfig, parse_option
 from roofline.request import SamplingParams
 
+Model = Annotated[
+    str, Parameter(help="a .gguf file, a safetensors folder, or a built-in name (smollm2-135m)")
+]
 Json = Annotated[bool, Parameter(name="--json", help="print one JSON object")]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -50,7 +52,7 @@ def accepts(*options: Sequence[inspect.Parameter]) -> Callable[[_Command], _Comm
 
 
 def engine_options(
-    defaults: Mapping[str, object] | None = None, *, without: Collection[str] = ()
+    defaults: Mapping[str, object] | None = None, *, only: Collection[str] | None = None
 ) -> list[inspect.Parameter]:
     """The fields of EngineConfig; `defaults` are the command's own, here for the help only."""
     hints = get_type_hints(EngineConfig)
@@ -63,7 +65,7 @@ def engine_options(
             (defaults or {}).get(field.name, field.default),
         )
         for field in dataclasses.fields(EngineConfig)
-        if field.name not in without
+        if only is None or field.name in only
     ]
 
 
@@ -82,18 +84,11 @@ def take_sampling(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in _SAMPLING_HELP if name in given}
 
 
-def print_json(document: Mapping[str, Any]) -> None:
-    """Print one object on one line of ASCII, whatever the terminal's encoding."""
-    print(json.dumps(document))
-
-
 _SAMPLING = Group("Sampling", sort_key=1)
 _ENGINE = Group("Engine", help="Each is read from the environment too.", sort_key=2)
 
 
-def _option(
-    name: str, hint: Any, group: Group, text: str, default: object
-) -> inspect.Parameter:
+def _option(name: str, hint: Any, group: Group, text: str, default: object) -> inspect.Parameter:
     """A keyword that is absent unless given; the help shows what holds then."""
     shown = Parameter(
         group=group,

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-import roofline
-from roofline.cli import figures, options
+import roofline  # the public door: what it names loads on use, torch with it
+from roofline.cli import figures, options, output
 from roofline.config import EngineConfig
 from roofline.errors import UsageError
 from roofline.request import SamplingParams
@@ -23,8 +23,11 @@ _ENGINE = {"max_num_seqs": 1}  # a KV pool for one
 
 @options.accepts(options.sampling_options(_SAMPLING), options.engine_options(_ENGINE))
 def run(
-    model: str,
-    prompt: str | None = None,
+    model: options.Model,
+    prompt: Annotated[
+        str | None,
+        Parameter(help="the text to answer; - or none: stdin, without the newline at its end"),
+    ] = None,
     /,
     *,
     raw: Annotated[bool, Parameter(help="continue the text; no chat template")] = False,
@@ -34,13 +37,6 @@ def run(
     """Answer a prompt: the text on stdout as it is made, one line of figures on stderr.
 
     Greedy unless --temperature says otherwise, so that the same prompt has the same answer.
-
-    Parameters
-    ----------
-    model
-        A .gguf file, a safetensors folder, or a built-in name (smollm2-135m).
-    prompt
-        The text to answer; from stdin where it is - or absent. One newline at its end is dropped.
     """
     sampling = _sampling_params(options.take_sampling(given))
     config = EngineConfig.from_options(given, os.environ, _ENGINE)
@@ -48,22 +44,22 @@ def run(
     started = time.monotonic()
     with roofline.LLM.from_config(model, config) as llm:
         submitted = time.monotonic()
-        output = _answer(llm, _prompt_ids(llm, model, text, raw), sampling, show=not json)
-        decoding = figures.Decoding.of(llm, [output])
+        answer = _answer(llm, _prompt_ids(llm, model, text, raw), sampling, show=not json)
+        decoding = figures.Decoding.of(llm, [answer])
     measured = {
         "load_s": submitted - started,
-        "ttft_s": (output.metrics.first_token_time or submitted) - submitted,
+        "ttft_s": (answer.metrics.first_token_time or submitted) - submitted,
         **decoding.report(figures.bandwidth_gb_s()),
     }
     if json:
-        options.print_json(_answered(output) | measured)
+        output.print_json(_answered(answer) | measured)
     else:
-        print(figures.one_line(_answered(output) | measured), file=sys.stderr)
+        print(figures.one_line(_answered(answer) | measured), file=sys.stderr)
 
 
 def _sampling_params(given: Mapping[str, Any]) -> SamplingParams:
     """Check sampling options; those that would do nothing are refused."""
-    params = SamplingParams.from_options(_SAMPLING | given)
+    params = SamplingParams.from_options({**_SAMPLING, **given})
     for name in ("top_k", "top_p", "min_p"):
         if name in given and params.temperature == 0:
             raise UsageError(f"{name} does nothing at temperature 0; add --temperature 1")
@@ -99,22 +95,22 @@ def _answer(
 ) -> "roofline.RequestOutput":
     """Generate, showing text as it comes; a step without new text shows nothing."""
     shown = 0
-    for output in llm.stream(ids, sampling):
+    for answer in llm.stream(ids, sampling):
         if show:
-            text = output.outputs[0].text
+            text = answer.outputs[0].text
             print(text[shown:], end="", flush=True)
             shown = len(text)
     if show:
         print()
-    return output
+    return answer
 
 
-def _answered(output: "roofline.RequestOutput") -> dict[str, Any]:
-    (answer,) = output.outputs
+def _answered(answer: "roofline.RequestOutput") -> dict[str, Any]:
+    (completion,) = answer.outputs
     return {
-        "text": answer.text,
-        "token_ids": answer.token_ids,
-        "prompt_tokens": len(output.prompt_token_ids),
-        "completion_tokens": len(answer.token_ids),
-        "finish_reason": answer.finish_reason,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "prompt_tokens": len(answer.prompt_token_ids),
+        "completion_tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
     }

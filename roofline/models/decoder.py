@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roofline.budget import ModelPlan
+from roofline.budget import MatrixPlan, ModelPlan
 from roofline.config import ModelConfig
 from roofline.models.layers import LayerWeights, Source, load_layer, load_table
 from roofline.ops import Ops, StepInputs, Weight
@@ -34,16 +34,16 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, plan: ModelPlan, mesh: Mesh, source: Source) -> None:
         self.config, self.mesh = config, mesh
-        self.table = plan.embedding and load_table(source, config, mesh.rank, plan.embedding)
+        self.table = _load_table(source, config, mesh, plan.embedding)
         self.layers: list[LayerWeights] = [
             load_layer(source, config, mesh.rank, layer_plan, layer)
             for layer, layer_plan in plan.layers.items()
         ]
-        self.head = plan.head and load_table(source, config, mesh.rank, plan.head)
+        self.head = _load_table(source, config, mesh, plan.head)
         self.norm = source.norm("model.norm.weight") if mesh.rank.is_last_stage else None
 
     def forward(self, ops: Ops, inputs: StepInputs, kv_pool: Tensor, buffers: Buffers) -> None:
-        """Run this stage's layers; leaves residual and delta ready for `logits` or the next stage."""
+        """Run this stage's layers; residual and delta are left for `logits` or the next stage."""
         collectives, delta = self.mesh.collectives, None
         if self.mesh.rank.is_first_stage:
             assert self.table is not None, "the first stage holds the embedding"
@@ -90,7 +90,7 @@ class Decoder:
     def logits(
         self, ops: Ops, sampled: Tensor, buffers: Buffers, shard: Tensor, out: Tensor
     ) -> None:
-        """Logits of the sampled tokens [S] to out [S, V], through this rank's shard [S, V / ranks]."""
+        """Logits of the sampled tokens [S] to out [S, V]; this rank's columns go to `shard` first."""
         head, eps = self.head or self.table, self.config.rms_norm_eps
         assert head is not None and self.norm is not None, "the last stage holds norm and head"
         ops.norm_head(buffers.residual, buffers.delta, sampled, self.norm, eps, head, out=shard)
@@ -117,6 +117,12 @@ class Decoder:
             for name in ("qkv", "output", "gate_up", "down"):
                 found |= _matrix_tensors(f"{number}.{name}", getattr(layer, name))
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _load_table(
+    source: Source, config: ModelConfig, mesh: Mesh, plan: MatrixPlan | None
+) -> Weight | None:
+    return None if plan is None else load_table(source, config, mesh.rank, plan)
 
 
 def rope_table(config: ModelConfig, length: int, out: Tensor) -> None:

@@ -161,11 +161,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when there is nothing to compute before a result arrives."""
         issued = _Issued(StepPlan(self._stats.num_steps))
-        preemptions = self._stats.num_preemptions
-        budget = self._plan_running(issued)
-        # What was just preempted must not come straight back and push out another.
-        if self._stats.num_preemptions == preemptions:
-            self._admit(issued, budget)
+        self._admit(issued, self._plan_running(issued))
         if not issued.requests:
             return None
         self._stats.num_steps += 1
@@ -277,7 +273,9 @@ class Scheduler:
     def _admit(self, issued: _Issued, budget: int) -> None:
         """Start waiting requests in order, each with room for all the tokens it has.
 
-        The head is never passed over: a long prompt is not starved by short ones behind it.
+        The head is never passed over: a long prompt is not starved by short ones behind it. What
+        was just preempted cannot come straight back: its blocks are too few now, by those that
+        somebody needed.
         """
         while self._waiting and self._free_rows and budget:
             request = self._waiting[0]

@@ -351,7 +351,9 @@ def test_every_answer_is_right_through_a_thousand_random_events(
     max_in_flight: int, chunk: int
 ) -> None:
     chance = random.Random(100 * max_in_flight + chunk)
-    run = Run(config_of(prefill_chunk_tokens=chunk), max_in_flight)
+    budget = 16 if chunk == 7 else 64
+    sizes = config_of(prefill_chunk_tokens=chunk, max_num_batched_tokens=budget)
+    run = Run(sizes, max_in_flight)
     for _ in range(1200):
         event = chance.random()
         if event < 0.15:
@@ -448,6 +450,17 @@ def test_the_budget_of_a_step_is_never_exceeded_and_never_left_over() -> None:
     run.step()
     run.step()
     assert [plan.counts for plan in run.trace] == [[10, 6], [4, 10, 2]]
+    run.finish()
+
+
+def test_a_more_urgent_prompt_takes_the_whole_step_and_decoding_waits() -> None:
+    run = Run(config_of(max_num_batched_tokens=16))
+    run.add([1], priority=5, ignore_eos=True, max_tokens=4)
+    run.step()
+    run.add([2] * 40, priority=0, max_tokens=1)
+    for _ in range(3):
+        run.step()
+    assert [plan.counts for plan in run.trace] == [[1], [1, 15], [16], [9, 1]]
     run.finish()
 
 

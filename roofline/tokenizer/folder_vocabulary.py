@@ -29,7 +29,7 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
     config = _Fields(folder / "tokenizer_config.json", required=False)
     bos_token, bos = _named_token(config, "bos_token", bpe)
     eos_token, eos = _named_token(config, "eos_token", bpe)
-    prefix, suffix = _surroundings(config, {"bos_token": bos, "eos_token": eos}, bpe)
+    prefix, suffix = _surroundings(bpe)
     named = {"bos_token": bos_token, "eos_token": eos_token}
     return Vocabulary(
         source=str(folder),
@@ -135,27 +135,17 @@ def _named_token(
     return text, token
 
 
-def _surroundings(
-    config: _Fields, ids: Mapping[str, int | None], bpe: tokenizers.Tokenizer
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids around a text: as the config says, or else as the post-processor puts them.
+def _surroundings(bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that tokenizer.json's post-processor puts around a text.
 
-    So decides `transformers` (`tokenization_utils_tokenizers.py`, `update_post_processor`).
+    It alone decides, as in `transformers` (5.23, `tokenization_utils_base.py`, `_from_pretrained`):
+    add_bos_token and add_eos_token in tokenizer_config.json are of before there was tokenizer.json.
     """
-    wanted = {name: config.get(f"add_{name}", bool) for name in ids}
-    if all(want is None for want in wanted.values()):
-        text = bpe.encode("a", add_special_tokens=False).ids
-        whole = bpe.encode("a").ids
-        starts = range(len(whole) - len(text), -1, -1)
-        start = next(start for start in starts if whole[start : start + len(text)] == text)
-        return tuple(whole[:start]), tuple(whole[start + len(text) :])
-    around: list[tuple[int, ...]] = []
-    for name, token in ids.items():
-        if wanted[name] and token is None:
-            raise config.wrong(f"add_{name}", f"is true, but there is no {name}")
-        around.append((token,) if wanted[name] and token is not None else ())
-    before, after = around
-    return before, after
+    text = bpe.encode("a", add_special_tokens=False).ids
+    whole = bpe.encode("a").ids
+    starts = range(len(whole) - len(text), -1, -1)
+    start = next(start for start in starts if whole[start : start + len(text)] == text)
+    return tuple(whole[:start]), tuple(whole[start + len(text) :])
 
 
 def _chat_template(file: Path, config: _Fields) -> str | None:

@@ -86,15 +86,19 @@ def render_untrusted(
     if placeholders.met_fragments:
         guarded = render(placeholders.guard)
         if specials.written_by_template(guarded) != specials.written_by_template(pieces):
-            return guarded
+            pieces = guarded
+    if placeholders.remain_in(pieces):
+        raise RequestError(
+            "the chat template takes apart a message that holds the text of a special token"
+        )
     return pieces
 
 
 class _Placeholders:
     """One rendering's stand-ins for texts: digits nobody can guess, between two control characters.
 
-    JSON escapes the control characters, so that a placeholder knows when it stands in JSON; digits
-    have no upper case and nothing to trim.
+    JSON (and Python's repr) escapes control characters, so that a placeholder shows when it stands
+    there; digits have no upper case and nothing to trim.
     """
 
     def __init__(self, specials: SpecialTexts) -> None:
@@ -102,7 +106,7 @@ class _Placeholders:
         self._specials = specials
         self._nonce = f"{secrets.randbits(128):039d}"
         self._indices = {"": 0}  # by the text that is stood in for; nothing for a mere joint
-        mark = r"(?:\x01|\\u0001)"
+        mark = r"(?:\x01|\\+u0001|\\+x01)"
         self._pattern = re.compile(rf"{mark}{self._nonce}([0-9]+){mark}")
 
     def hide(self, text: str) -> str:
@@ -131,16 +135,17 @@ class _Placeholders:
         end = 0
         for found in self._pattern.finditer(rendered):
             text = texts[int(found[1])]
-            in_json = found[0].startswith("\\")
-            own = rendered[end : found.start()]
-            pieces += [own, json.dumps(text, ensure_ascii=False)[1:-1] if in_json else text]
+            if found[0].startswith("\\"):
+                text = json.dumps(text, ensure_ascii=False)[1:-1]
+            pieces += [rendered[end : found.start()], text]
             end = found.end()
         pieces.append(rendered[end:])
-        if any(self._nonce in own for own in pieces[::2]):
-            raise RequestError(
-                "the chat template takes apart a message that holds the text of a special token"
-            )
         return pieces
+
+    def remain_in(self, pieces: Sequence[str]) -> bool:
+        """Whether the template cut a placeholder up: half of one is left in its text."""
+        halves = self._nonce[:19], self._nonce[19:]
+        return any(half in own for own in pieces[::2] for half in halves)
 
     def _stand_in(self, text: str) -> str:
         index = self._indices.setdefault(text, len(self._indices))

@@ -35,14 +35,21 @@ class TextStream:
         self._shown: list[str] = []
         self._held = ""  # the start of a stop string, perhaps
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """Take the next tokens; return the text that has become safe to show."""
+    def push(self, token_ids: Iterable[int], *, may_stop: bool = True) -> str:
+        """Take the next tokens; return the text that has become safe to show.
+
+        Text pushed with `may_stop` false is no part of any stop string: vLLM's `min_tokens`.
+        """
         if self.stopped_by is not None:
             return ""
         data = b"".join(
             self._tokenizer.token_bytes(token) for token in token_ids if token not in self._hidden
         )
-        return self._show(self._decoder.decode(data))
+        new = self._decoder.decode(data)
+        if not may_stop:
+            self._shown.append(new)
+            return new
+        return self._show(new)
 
     def finish(self) -> str:
         """No more tokens come: return what was held back, without an unfinished character."""

@@ -1,10 +1,10 @@
 """Tests of the byte-level alphabet, and the small vocabulary that this folder's tests share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
@@ -57,16 +57,22 @@ def test_the_alphabet_is_the_librarys(text: str) -> None:
     assert data == text.encode()
 
 
-def test_a_panic_in_the_librarys_rust_is_a_checkpoint_error_in_one_line(
-    capfd: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: models.BPE(vocab={"a": 0, "b": 1}, merges=[("a", "c")]),  # raises bare Exception
+        lambda: models.BPE(vocab={"\ud800": 0}, merges=[]),  # TypeError
+        lambda: models.BPE(  # panics
+            vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")], continuing_subword_prefix="#####"
+        ),
+    ],
+)
+def test_whatever_the_library_raises_is_a_checkpoint_error_in_one_line(
+    build: Callable[[], object],
 ) -> None:
-    with (
-        pytest.raises(CheckpointError, match=r"^model\.gguf: is no usable tokenizer: \S") as error,
-        refusing_bad_vocabulary("model.gguf"),
-    ):
-        tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[("a", "b" * 9)]))
-        models.BPE(vocab={"a": 0}, merges=[], continuing_subword_prefix="##")
-        tokenizers.Tokenizer.from_str(_PANICKING)
+    expected = pytest.raises(CheckpointError, match=r"^model\.gguf: is no usable tokenizer: \S")
+    with expected as error, refusing_bad_vocabulary("model.gguf"):
+        build()
     assert "\n" not in error.value.message
 
 

@@ -1,10 +1,13 @@
 """Model files: names and bytes. No slicing rules, no devices, no parallelism here.
 
 Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`) whatever the file;
-query and key rows are in half-split rotary order.
+query and key rows are in half-split rotary order. Submodules load on first use: most import torch
+or the libraries of a format.
 """
 
+import importlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, Protocol
 
 from roofline.config import ModelConfig
@@ -37,3 +40,10 @@ class Checkpoint(Protocol):
     def close(self) -> None:
         """Unmap the files."""
         ...
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a submodule when it is first named."""
+    if name in ("quantized", "tensors"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

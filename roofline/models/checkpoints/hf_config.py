@@ -6,6 +6,7 @@ The files are untrusted: whatever would change an answer and is not done here is
 import collections
 import functools
 import json
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from roofline.config import (
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.tensors import matrix_shapes
 
-MAX_JSON_BYTES = 16 << 20  # the largest real index, of 90,000 tensors, has 9 MB
+MAX_JSON_BYTES = 8 << 20  # an index of 75,000 tensors; the worst such text is 250 MB parsed
 _MAX_EOS_IDS = 1024
 
 
@@ -190,7 +191,7 @@ def _refuse_what_we_lack(fields: Fields) -> None:
     if fields.get("model_type") not in ARCHITECTURES:
         raise fields.unsupported("model_type", ", ".join(ARCHITECTURES))
     for name, neutral in _NEUTRAL.items():
-        if fields.get(name) is not None and json.dumps(fields.get(name)) != json.dumps(neutral):
+        if fields.get(name) is not None and not _same(fields.get(name), neutral):
             raise fields.unsupported(name, f"{json.dumps(neutral)}, or no such field")
 
 
@@ -295,7 +296,7 @@ def _native_groups(fields: Fields, config: ModelConfig) -> dict[str, int]:
             "quant_method", "floats (F32, F16, BF16), GGUF, and what `roofline quantize` writes"
         )
     for name, only in (("bits", 8), ("symmetric", True)):
-        if json.dumps(found.get(name)) != json.dumps(only):
+        if not _same(found.get(name), only):
             raise found.unsupported(name, json.dumps(only))
     columns = {name: shape[1] for name, shape in matrix_shapes(config).items()}
     own = Fields(found.section("group_sizes"), f"{found.where}: group_sizes")
@@ -332,9 +333,18 @@ def _quantization_fields(
     return fields | ({"group_sizes": own} if own else {})
 
 
+def _same(value: Any, wanted: Any) -> bool:
+    """Equal, and of one type: neither 1 for true nor 8.0 for 8."""
+    return type(value) is type(wanted) and value == wanted
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """A value for a message, however long or deep it is."""
+    return _SHORTENING.repr(value)
+
+
+_SHORTENING = reprlib.Repr()
+_SHORTENING.maxstring = _SHORTENING.maxlong = 60
 
 
 # Fields of config.json that change the answer when they hold anything else.

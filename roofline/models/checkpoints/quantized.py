@@ -5,6 +5,7 @@ quantising at load gives. docs/int8_groups.md shows them.
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -12,13 +13,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
 
-from roofline.config import WeightFormat
+from roofline.config import ModelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.checkpoints.hf_config import write_config
@@ -63,14 +63,21 @@ def write_quantized(
         partial.mkdir()
         with (partial / SINGLE).open("xb") as file:
             _write_tensors(checkpoint, groups, layout, file, progress)
-        config = write_config(checkpoint.config, weights, groups)
-        (partial / "config.json").write_text(config, encoding="utf-8")
+        config = _with_eos_of(tokenizer, checkpoint.config)
+        text = write_config(config, weights, groups)
+        (partial / "config.json").write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(partial)
         partial.rename(folder)
 
 
-@dataclass(frozen=True)
+def _with_eos_of(tokenizer: Tokenizer | None, config: ModelConfig) -> ModelConfig:
+    """A config that keeps what only the tokenizer knew: a folder's names one EOS, not a list."""
+    ids = (*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()))
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ids)))
+
+
+@dataclasses.dataclass(frozen=True)
 class _FilePlan:
     """A safetensors file whose shapes are known before its tensors are."""
 

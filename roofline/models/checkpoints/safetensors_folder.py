@@ -70,8 +70,8 @@ class SafetensorsCheckpoint:
         wanted = stored_tensors(self.config, self.native_groups)
         missing = [name for name in wanted if name not in self._files]
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(f"{self._folder}: tensor '{missing[0]}'{more} is missing")
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{self._folder}: tensor '{missing[0]}' is missing{more}")
         for name in self._files.keys() - wanted.keys():
             self._refuse_extra(name)
         for name, tensor in wanted.items():

@@ -1,0 +1,152 @@
+"""`roofline doctor`: what this machine has, what looks wrong and what to do about it.
+
+It says something useful where nothing else works: torch may be absent or broken.
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+
+import roofline
+from roofline import execution, models
+from roofline.budget import available_host_bytes
+from roofline.cli import figures, options, output
+from roofline.config import EngineConfig, environment_options
+from roofline.errors import RooflineError
+
+_SIMD = (  # flags of /proc/cpuinfo that decide how fast INT8 and bfloat16 can be
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+_OTHER_VARIABLES = ("ROOFLINE_CACHE", "ROOFLINE_DEBUG", "ROOFLINE_TEST_DATA", "ROOFLINE_TEST_GGUF")
+_LITTLE_MEMORY = 2_000_000_000  # bytes
+
+
+def doctor(*, json: options.Json = False) -> None:
+    """Look this machine over and say what is wrong; measures read bandwidth anew."""
+    torch, broken = _import_torch()
+    facts = _versions() | _machine() | _cache()
+    if torch is not None:
+        facts |= _torch_facts(torch)
+    facts["variables"] = {k: v for k, v in os.environ.items() if k.startswith("ROOFLINE_")}
+    problems = [*broken, *_problems(facts)]
+    if json:
+        output.print_json(facts | {"problems": problems})
+        return
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for name, value in facts.items():
+        console.print(f"{name.replace('_', ' '):20} {_shown(value)}")
+    for problem in problems or ["nothing looks wrong"]:
+        console.print(f"{'PROBLEM' if problems else 'verdict':20} {problem}")
+
+
+def _import_torch() -> tuple[ModuleType | None, list[str]]:
+    """Torch, or what is wrong with it."""
+    try:
+        return importlib.import_module("torch"), []
+    except (ImportError, OSError) as error:  # OSError: a shared library it needs is missing
+        reason = " ".join(str(error).split())
+        return None, [f"torch cannot be imported ({reason}); install it again: pip install torch"]
+
+
+def _versions() -> dict[str, Any]:
+    try:
+        torch_version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch_version = None
+    return {
+        "roofline": roofline.__version__,
+        "python": platform.python_version(),
+        "torch": torch_version,
+        "platform": platform.platform(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    flags = execution.host.cpu_fields()
+    present = flags.get("flags", flags.get("Features", "")).split()
+    return {
+        "cpu": execution.host.cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "simd": [flag for flag in _SIMD if flag in present],
+        "available_memory_bytes": available_host_bytes(),
+        "nvidia_driver": shutil.which("nvidia-smi") is not None,
+    }
+
+
+def _cache() -> dict[str, Any]:
+    folder = models.hub.cache_folder()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    return {"cache_folder": str(folder), "cached_files": found}
+
+
+def _torch_facts(torch: ModuleType) -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.is_available(),
+        "kernels": "reference",
+        "bandwidth_gb_s": figures.bandwidth_gb_s(anew=True),
+    }
+
+
+def _problems(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What looks wrong, each with what to do."""
+    yield from _variable_problems(facts["variables"])
+    if facts["available_memory_bytes"] < _LITTLE_MEMORY:
+        free = facts["available_memory_bytes"] / 1e9
+        yield f"only {free:.1f} GB of memory are free; `roofline fit MODEL` says what a model needs"
+    threads, cores = facts.get("threads", 1), facts["usable_cores"]
+    if threads > cores:
+        yield f"torch runs {threads} threads on {cores} usable cores; set ROOFLINE_THREADS={cores}"
+    if facts["cuda" if "cuda" in facts else "nvidia_driver"]:
+        yield "there is a GPU, but this version runs on the CPU; nothing to do"
+    folder = facts["cache_folder"]
+    if not _is_writable(Path(folder)):
+        yield f"{folder} cannot be written; set ROOFLINE_CACHE to a folder that can"
+    for model in models.hub.BUILTIN_MODELS.values():
+        size = facts["cached_files"].get(f"models/{model.name}.gguf", model.size_bytes)
+        if size != model.size_bytes:
+            yield f"the cached {model.name} has {size} bytes, not {model.size_bytes}; delete it"
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a file can be made in the folder, or in the nearest above it that exists."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return True
+    except OSError:
+        return False
+
+
+def _variable_problems(variables: Mapping[str, str]) -> Iterator[str]:
+    names = [f"ROOFLINE_{field.name.upper()}" for field in dataclasses.fields(EngineConfig)]
+    for variable in variables:
+        if variable not in (*names, *_OTHER_VARIABLES):
+            near = difflib.get_close_matches(variable, (*names, *_OTHER_VARIABLES), 1)
+            yield f"{variable} means nothing" + (f"; did you mean {near[0]}?" if near else "")
+    try:
+        EngineConfig(**environment_options(variables))
+    except RooflineError as error:
+        yield error.message
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={content}" for name, content in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(value) or "none"
+    return f"{value:,.1f}" if isinstance(value, float) else str(value)

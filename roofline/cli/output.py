@@ -1,0 +1,19 @@
+"""What commands print besides text: one JSON object, and progress where a person watches."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one object on one line of ASCII, whatever the terminal's encoding."""
+    print(json.dumps(document))
+
+
+def progress() -> Progress:
+    """A bar on stderr that leaves no trace, and is nothing at all off a terminal."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)

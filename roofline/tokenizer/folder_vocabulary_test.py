@@ -1,0 +1,210 @@
+"""Tests of what is accepted from a model folder; the oracle is `transformers` on the same one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from roofline.errors import CheckpointError, RooflineError, UnsupportedError
+from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
+from roofline.tokenizer.tokenizer import Tokenizer
+from roofline.tokenizer.vocabulary_test import CHATML
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = [("h", "e"), ("l", "l"), ("he", "ll")]
+WORDS = [*ALPHABET, *("".join(pair) for pair in MERGES)]
+BOS, EOS, TOOL = range(len(WORDS), len(WORDS) + 3)
+TEXTS = ["hello", "hell <s>", "</s> 12  3\n", "é😀<tool>"]
+
+
+def original(*, adds_bos: bool = False) -> tokenizers.Tokenizer:
+    """A tokenizer as a model's author has it."""
+    vocab = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    for text in ("<s>", "</s>"):
+        tokenizer.add_tokens([AddedToken(text, special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    return tokenizer
+
+
+def folder(path: Path, tokenizer: tokenizers.Tokenizer, **config: Any) -> Path:
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", **config}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def document() -> dict[str, Any]:
+    """What a good tokenizer.json holds."""
+    value = json.loads(original().to_str())
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+def test_ids_and_what_goes_around_them_equal_transformers(
+    tmp_path: Path, adds_bos: bool, config: dict[str, Any]
+) -> None:
+    path = folder(tmp_path, original(adds_bos=adds_bos), **config)
+    ours, theirs = Tokenizer.from_folder(path), PreTrainedTokenizerFast.from_pretrained(path)
+    for text in TEXTS:
+        assert ours.encode(text, parse_special=True) == theirs.encode(text)
+        assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
+    assert ours.adds_bos == adds_bos
+    assert (ours.bos_token_id, ours.eos_token_ids, ours.vocab_size) == (BOS, (EOS,), len(theirs))
+
+
+def test_a_named_token_is_special_whatever_tokenizer_json_says(tmp_path: Path) -> None:
+    path = folder(tmp_path, original(), eos_token={"content": "<tool>"}, bos_token="hell")
+    tokenizer = Tokenizer.from_folder(path)
+    assert tokenizer.eos_token_ids == (TOOL,)
+    assert {TOOL, tokenizer.bos_token_id} <= tokenizer.special_ids
+    assert TOOL not in tokenizer.encode("<tool>")
+    assert tokenizer.encode("<tool>", parse_special=True) == [TOOL]
+
+
+def test_truncation_and_padding_set_in_the_file_are_not_done(tmp_path: Path) -> None:
+    tokenizer = original()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=99)
+    ids = Tokenizer.from_folder(folder(tmp_path, tokenizer)).encode("hey, hey, hey")
+    assert len(ids) > 4
+    assert len(ids) < 99
+
+
+def test_a_folder_needs_no_more_than_tokenizer_json(tmp_path: Path) -> None:
+    original(adds_bos=True).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(str(tmp_path))
+    assert tokenizer.eos_token_ids == ()
+    assert tokenizer.chat_template is None
+    assert tokenizer.encode("h")[:1] == [BOS]
+
+
+def test_the_templates_own_file_wins_then_the_one_named_default(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    folder(tmp_path, original(), chat_template=named)
+    assert vocabulary_from_folder(tmp_path).chat_template == "D"
+    folder(tmp_path, original(), chat_template=named[:1])
+    assert vocabulary_from_folder(tmp_path).chat_template is None
+    folder(tmp_path, original(), chat_template="S")
+    assert vocabulary_from_folder(tmp_path).chat_template == "S"
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert vocabulary_from_folder(tmp_path).chat_template == CHATML
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"[]", "is list; it must be a JSON object"),
+        (b"null", "is null; it must be a JSON object"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"a": ' + b"1" * 5_000 + b"}", "is not valid JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not valid JSON"),
+    ],
+    ids=range(8),
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_is_no_json_object_is_refused_by_name(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    file = folder(tmp_path, original()) / name
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}: {message}") as error:
+        vocabulary_from_folder(tmp_path)
+    assert "\n" not in error.value.message
+
+
+def test_a_folder_without_tokenizer_json_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no such file"):
+        vocabulary_from_folder(tmp_path)
+
+
+def test_a_fifo_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not a regular file"):
+        vocabulary_from_folder(tmp_path)
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "no model": ({"model": None}, "model.type None is not supported; supported: BPE"),
+    "another model": ({"model": {"type": "Unigram", "vocab": []}}, "model.type Unigram"),
+    "model of another type": ({"model": 3}, "model.type None"),
+    "another decoder": ({"decoder": {"type": "Metaspace"}}, "decoder.type Metaspace"),
+    "no vocabulary": ({"model.vocab": {}}, "model.vocab is missing or empty"),
+    "vocabulary is a list": ({"model.vocab": ["a"]}, "model.vocab is list; it must be dict"),
+    "negative id": ({"model.vocab": {"a": -1}}, "gives 'a' the id -1"),
+    "huge id": ({"model.vocab": {"a": 2**31}}, "gives 'a' the id 2147483648"),
+    "id is a flag": ({"model.vocab": {"a": True}}, "gives 'a' the id True"),
+    "id twice": ({"model.vocab": {"a": 0, "b": 0}}, "gives two tokens the same id"),
+    "merge unknown": ({"model.merges": [["h", "zzz"]]}, "is no usable tokenizer: .*zzz"),
+    "merge of one": ({"model.merges": ["h"]}, "is no usable tokenizer"),
+    "merge beyond its pieces": ({"model.continuing_subword_prefix": "#" * 99}, "is set"),
+    "word ends": ({"model.end_of_word_suffix": "</w>"}, "is set; a byte-level BPE has none"),
+    "bad pattern": (
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
+                           "invert": False}}, "is no usable tokenizer"),
+    "added is no list": ({"added_tokens": {}}, "added_tokens is dict; it must be list"),
+    "added is no object": ({"added_tokens": ["x"]}, r"added_tokens\[0\] is not an object"),
+    "added without id": ({"added_tokens": [{"content": "x"}]}, "gives 'x' the id None"),
+    "added elsewhere": (
+        {"added_tokens": [{"id": 900, "content": "<z>", "special": True, "normalized": False,
+                           "single_word": False, "lstrip": False, "rstrip": False}]},
+        "gives '<z>' the id 900, which it cannot have"),
+    "lone surrogate": ({"model.vocab": {"\ud800": 0}}, "is no usable tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_tokenizer_json_is_refused_by_file_and_field(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    value = document()
+    for name, change in changes.items():
+        inside, _, field = name.rpartition(".")
+        (value[inside] if inside else value)[field] = change
+    folder(tmp_path, original())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises((CheckpointError, UnsupportedError), match=message) as error:
+        vocabulary_from_folder(tmp_path)
+    assert "tokenizer.json" in error.value.message
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bos_token": "<nope>"}, "bos_token '<nope>' is not in the vocabulary"),
+        ({"eos_token": 3}, "eos_token is int; it must be str"),
+        ({"eos_token": {"content": 3}}, r"eos_token\.content is int"),
+        ({"chat_template": 3}, "chat_template is int"),
+        ({"chat_template": [3]}, r"chat_template\[0\] is not an object with a template"),
+    ],
+)
+def test_a_bad_tokenizer_config_is_refused_by_field(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {message}"):
+        vocabulary_from_folder(folder(tmp_path, original(), **config))
+
+
+def test_every_truncation_of_tokenizer_json_is_refused(tmp_path: Path) -> None:
+    whole = (folder(tmp_path, original()) / "tokenizer.json").read_bytes()
+    for end in range(0, len(whole) - 1, 997):
+        (tmp_path / "tokenizer.json").write_bytes(whole[:end])
+        with pytest.raises(RooflineError):
+            vocabulary_from_folder(tmp_path)
