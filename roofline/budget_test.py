@@ -111,25 +111,20 @@ def test_the_ranks_together_hold_the_whole_model_once(
     table_again = model.vocab_size * model.hidden_size * (model.tie_word_embeddings and pp > 1)
     assert values == once + model.num_layers * heads_again + table_again
     assert sum(plan.norm_values for plan in plans) == tp * whole.norm_values
-    # A group cut in two has its scale on both sides, and nothing else is added.
-    rows = sum(m.rows for plan in plans for layer in plan.layers.values() for m in layer.matrices())
-    scales = sum(plan.scale_bytes for plan in plans) // 4
-    spare = sum(m.rows * m.groups for plan in plans for m in plan.matrices())
-    assert scales == spare and scales <= (whole.scale_bytes // 4) * max(pp, tp) + 2 * rows
 
 
-@given(models, st.integers(1, 4), st.integers(1, 3))
-def test_row_parallel_matrices_say_where_in_a_group_they_start(
-    model: ModelConfig, tp: int, layer: int
-) -> None:
+@given(models, st.integers(1, 8))
+def test_a_group_cut_in_two_has_its_scale_on_both_ranks(model: ModelConfig, tp: int) -> None:
     parallel = ParallelConfig(min(tp, ParallelConfig.most_tensor_ranks(model)))
-    column = 0
-    for rank in ranks_of(parallel):
-        down = plan_model(model, INT8, rank, {}).layers[layer - 1].down
-        assert down.offset == column % 128
-        assert down.groups == (column + down.columns - 1) // 128 - column // 128 + 1
-        column += down.columns
-    assert column == model.intermediate_size
+    for name in ("output", "down"):
+        column = 0
+        for rank in ranks_of(parallel):
+            matrix = getattr(plan_model(model, INT8, rank, {}).layers[0], name)
+            assert matrix.offset == column % 128
+            last = column + matrix.columns - 1
+            assert matrix.groups == last // 128 - column // 128 + 1
+            column = last + 1
+        assert column == {"output": model.query_size, "down": model.intermediate_size}[name]
 
 
 def test_a_decoding_step_reads_all_but_a_lookup_table() -> None:
@@ -174,12 +169,9 @@ def test_the_scratch_holds_a_row_of_any_matrix() -> None:
 
 
 def plan(available: int, **options: Any) -> RankBudget:
-    options = {
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 8,
-        "gpu_memory_utilization": 1.0,
-    } | options
-    return plan_rank(TINY, EngineConfig(**options), Rank(), {}, available)
+    defaults: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 8}
+    defaults["gpu_memory_utilization"] = 1.0
+    return plan_rank(TINY, EngineConfig(**defaults | options), Rank(), {}, available)
 
 
 def test_a_pool_is_never_larger_than_all_requests_need() -> None:
@@ -195,7 +187,7 @@ FULL = plan(1 << 40)
 SMALLEST = plan(1 << 40, max_model_len=1, max_num_seqs=1, max_num_batched_tokens=1).total_bytes
 
 
-@given(st.integers(SMALLEST // 2, 2 * FULL.total_bytes), st.sampled_from([0.5, 1.0]))
+@given(st.integers(SMALLEST - 9000, 2 * FULL.total_bytes), st.sampled_from([0.5, 1.0]))
 def test_what_is_planned_stays_within_the_share_of_memory(available: int, share: float) -> None:
     try:
         budget = plan(available, gpu_memory_utilization=share)
@@ -209,7 +201,9 @@ def test_what_is_planned_stays_within_the_share_of_memory(available: int, share:
 
 
 @given(
-    st.integers(SMALLEST // 2, FULL.total_bytes), st.integers(1, 5000), st.sampled_from([1, 7, 16])
+    st.integers(SMALLEST - 9000, FULL.total_bytes),
+    st.integers(1, 5000),
+    st.sampled_from([1, 7, 16]),
 )
 @settings(max_examples=50)
 def test_a_refused_context_names_the_largest_that_fits(
@@ -232,7 +226,7 @@ def test_a_refused_context_names_the_largest_that_fits(
             at(largest + 1)
 
 
-@given(st.integers(SMALLEST // 2, FULL.total_bytes))
+@given(st.integers(SMALLEST - 9000, FULL.total_bytes))
 @settings(max_examples=50)
 def test_an_automatic_context_is_the_largest_that_fits(available: int) -> None:
     try:

@@ -1,6 +1,7 @@
 """What a model is and how an engine runs it: frozen, checked when built, composed. No torch here.
 
-Derived sizes are returned by functions, never written back; the environment is read by `environment_options` alone.
+Derived sizes are returned by functions, never written back; the environment is read by
+`environment_options` alone.
 """
 
 import contextlib
@@ -51,7 +52,9 @@ class ModelConfig:
     rope_theta: float
     tie_word_embeddings: bool
     rope_scaling: RopeScaling | None = None
-    rope_factors: tuple[float, ...] | None = None  # [head_dim / 2], divisors of the frequencies (GGUF rope_freqs)
+    rope_factors: tuple[float, ...] | None = (
+        None  # [head_dim / 2], divisors of the frequencies (GGUF rope_freqs)
+    )
     architecture: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -59,44 +62,62 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise UnsupportedError(
-                f"architecture '{self.architecture}' is not supported; supported: {', '.join(ARCHITECTURES)}"
+                f"architecture '{self.architecture}' is not supported; "
+                f"supported: {', '.join(ARCHITECTURES)}"
             )
         for name, limit in _SIZE_LIMITS.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
                 raise CheckpointError(
-                    f"model config: {name} is {shown(value)}; it must be an integer from 1 to {limit}"
+                    f"model config: {name} is {shown(value)}; "
+                    f"it must be an integer from 1 to {limit}"
                 )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
-                f"model config: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+                f"model config: num_heads {self.num_heads} is not a multiple of "
+                f"num_kv_heads {self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise CheckpointError(f"model config: head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+            raise CheckpointError(
+                f"model config: head_dim {self.head_dim} is odd; rotary embedding needs pairs"
+            )
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (isinstance(value, float) and math.isfinite(value) and value > 0):
-                raise CheckpointError(f"model config: {name} is {shown(value)}; it must be a finite number above 0")
+                raise CheckpointError(
+                    f"model config: {name} is {shown(value)}; it must be a finite number above 0"
+                )
         self._check_rope()
-        for token in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
+        for token in (
+            *self.eos_token_ids,
+            *([] if self.bos_token_id is None else [self.bos_token_id]),
+        ):
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise CheckpointError(
-                    f"model config: special token id {shown(token)} is outside the vocabulary of {self.vocab_size}"
+                    f"model config: special token id {shown(token)} is outside the vocabulary "
+                    f"of {self.vocab_size}"
                 )
 
     def _check_rope(self) -> None:
         scaling = self.rope_scaling
         if scaling is not None:
             numbers = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor)
-            if not all(math.isfinite(n) and n > 0 for n in numbers) or scaling.original_max_position < 1:
-                raise CheckpointError(f"model config: rope scaling {scaling} needs finite factors above 0")
+            if (
+                not all(math.isfinite(n) and n > 0 for n in numbers)
+                or scaling.original_max_position < 1
+            ):
+                raise CheckpointError(
+                    f"model config: rope scaling {scaling} needs finite factors above 0"
+                )
             if scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
-                raise CheckpointError("model config: rope scaling needs high_freq_factor above low_freq_factor")
+                raise CheckpointError(
+                    "model config: rope scaling needs high_freq_factor above low_freq_factor"
+                )
         if self.rope_factors is not None:
             if len(self.rope_factors) != self.head_dim // 2:
                 raise CheckpointError(
-                    f"model config: {len(self.rope_factors)} rope factors for head_dim {self.head_dim}; "
-                    f"it needs {self.head_dim // 2}"
+                    f"model config: {len(self.rope_factors)} rope factors for head_dim "
+                    f"{self.head_dim}; it needs {self.head_dim // 2}"
                 )
             if not all(math.isfinite(f) and f > 0 for f in self.rope_factors):
                 raise CheckpointError("model config: rope factors must be finite numbers above 0")
@@ -118,7 +139,9 @@ class ModelConfig:
 
     def rope_frequencies(self) -> list[float]:
         """Angular frequency of each rotary pair, [head_dim / 2], radians a token."""
-        frequencies = [self.rope_theta ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2)]
+        frequencies = [
+            self.rope_theta ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2)
+        ]
         if self.rope_factors is not None:
             frequencies = [f / d for f, d in zip(frequencies, self.rope_factors, strict=True)]
         scaling = self.rope_scaling
@@ -177,7 +200,9 @@ class ParallelConfig:
         """Refuse a split that would leave a rank without work."""
         tp, most = self.tensor_parallel_size, self.most_tensor_ranks(model)
         if tp > most:
-            raise UsageError(f"tensor_parallel_size {tp} is too many for this model; the most is {most}")
+            raise UsageError(
+                f"tensor_parallel_size {tp} is too many for this model; the most is {most}"
+            )
         if self.pipeline_parallel_size > model.num_layers:
             raise UsageError(
                 f"pipeline_parallel_size {self.pipeline_parallel_size} is more than the model's "
@@ -186,7 +211,7 @@ class ParallelConfig:
 
     @staticmethod
     def most_tensor_ranks(model: ModelConfig) -> int:
-        """The largest tensor parallel size at which every rank has heads, channels and vocabulary."""
+        """The largest tensor parallel size that leaves no rank without work."""
         units = min(-(-model.intermediate_size // UNIT), -(-model.vocab_size // UNIT))
         return min(model.num_heads, units)
 
@@ -230,7 +255,7 @@ class ParallelConfig:
 
 
 def deal(items: int, hands: int, hand: int) -> range:
-    """The contiguous share of one hand when items are dealt evenly; the first hands get the rest."""
+    """The contiguous share of one hand of items dealt evenly; the first hands get the rest."""
     each, rest = divmod(items, hands)
     start = hand * each + min(hand, rest)
     return range(start, start + each + (hand < rest))
@@ -251,7 +276,10 @@ class WeightFormat:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def group(self, columns: int, native: int | None) -> int:
-        """Columns that share a scale, for a matrix whose file groups (or None) are `native`; 0: floats."""
+        """Columns of a matrix that share a scale; 0 for floats.
+
+        `native` is their number in the model's file, None where it has no groups.
+        """
         if self.quantization == "none":
             return 0
         if self.group_size == CHANNEL:
@@ -267,12 +295,14 @@ def _option(default: Any, text: str, low: float | None = None, high: float | Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How to load and run a model: the one schema of Python, command line and ROOFLINE_* options."""
+    """How to load and run a model: one schema for Python, command line and ROOFLINE_* options."""
 
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "'dummy' makes seeded random weights of the model's shape, for any config or preset"
     )
-    quantization: Literal["int8", "none"] = _option("int8", "'none' keeps weights as floats of --dtype")
+    quantization: Literal["int8", "none"] = _option(
+        "int8", "'none' keeps weights as floats of --dtype"
+    )
     group_size: Literal["auto", "channel"] | int = _option(
         "auto",
         "weights that share a scale: 32, 64, 128, 256 or channel; "
@@ -289,10 +319,16 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = _option(True, "reuse the KV cache of shared prompt prefixes")
     kv_cache_memory_bytes: int | None = _option(
-        None, "size of the KV pool; default: what max_num_seqs contexts need, within the budget", 1, 1 << 50
+        None,
+        "size of the KV pool; default: what max_num_seqs contexts need, within the budget",
+        1,
+        1 << 50,
     )
     gpu_memory_utilization: float = _option(
-        0.5, "share of the device's free memory (here: the host's) for weights, KV and activations", 0.01, 1.0
+        0.5,
+        "share of the device's free memory (here: the host's) for weights, KV and activations",
+        0.01,
+        1.0,
     )
     block_size: int = _option(16, "tokens of a KV block", 1, 1024)
     tensor_parallel_size: int = _option(1, "ranks that share each layer", 1, 1024)
@@ -318,7 +354,8 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) != 1:
                 raise UnsupportedError(
-                    f"{name} {getattr(self, name)}: this version runs one rank; `roofline fit` plans for more"
+                    f"{name} {getattr(self, name)}: this version runs one rank; "
+                    "`roofline fit` plans for more"
                 )
 
     @classmethod
@@ -353,7 +390,8 @@ class EngineConfig:
 
 def environment_options(environ: Mapping[str, str]) -> dict[str, Any]:
     """The engine options found in ROOFLINE_<NAME> variables, as values of their types."""
-    hints, found = get_type_hints(EngineConfig), {}
+    hints = get_type_hints(EngineConfig)
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(EngineConfig):
         variable = f"ROOFLINE_{field.name.upper()}"
         if variable in environ:
@@ -381,7 +419,9 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, types.UnionType) or _is_typing_union(hint) else (hint,)
+    return (
+        get_args(hint) if isinstance(hint, types.UnionType) or _is_typing_union(hint) else (hint,)
+    )
 
 
 def _is_typing_union(hint: Any) -> bool:
@@ -399,7 +439,9 @@ def _check_option(name: str, field: "dataclasses.Field[Any]", hint: Any, value: 
         return
     if bool in kinds and type(value) is bool:
         return
-    numeric = (int in kinds and type(value) is int) or (float in kinds and type(value) in (int, float))
+    numeric = (int in kinds and type(value) is int) or (
+        float in kinds and type(value) in (int, float)
+    )
     low, high = field.metadata["low"], field.metadata["high"]
     if numeric and (low is None or low <= value <= high):  # NaN compares false
         return

@@ -3,7 +3,7 @@
     RooflineError                 exit 1   anything below
     ├── UsageError                exit 2   an option or a model reference that cannot be meant
     │   ├── UnsupportedError      exit 2   an architecture, tensor type or feature we do not have
-    │   └── RequestError          exit 2   a prompt or a sampling parameter out of bounds (a ValueError too)
+    │   └── RequestError          exit 2   a prompt or parameter out of bounds (a ValueError too)
     ├── CheckpointError           exit 1   a model file that is missing parts, truncated or lying
     ├── DownloadError             exit 1   a model that could not be fetched
     └── CapacityError             exit 1   it does not fit: memory or disk, with what would
@@ -40,7 +40,7 @@ class RequestError(UsageError, ValueError):
 
 
 class CheckpointError(RooflineError):
-    """A model file that is missing parts, truncated, or says what is not so; names file and field."""
+    """A model file that lacks parts, is truncated, or says what is not so; names file and field."""
 
 
 class DownloadError(RooflineError):

@@ -231,17 +231,24 @@ class LLM:
                 for request in generation.requests:
                     self._engine.add(request)
                     self._alive[request.request_id] = generation
-            while mine & self._alive.keys():
-                for output in self._engine.step():
-                    generation = self._alive[output.request_id]
-                    generation.take(output)
-                    if generation.ended(output.request_id):
-                        self._drop(output.request_id)
-                    if generation in asked:
+            while True:
+                for generation in asked:
+                    if generation.take_news():
                         yield generation
+                if not mine & self._alive.keys():
+                    return
+                self._step()
         finally:
             for request_id in mine & self._alive.keys():
                 self._drop(request_id)
+
+    def _step(self) -> None:
+        """Run one step; what it brings goes to whoever asked, this caller or another."""
+        for output in self._engine.step():
+            generation = self._alive[output.request_id]
+            generation.take(output)
+            if generation.ended(output.request_id):
+                self._drop(output.request_id)
 
     def _drop(self, request_id: str) -> None:
         """Forget a request; the engine ends it if it has not."""
@@ -260,6 +267,7 @@ class _Generation:
         self._params, self._tokenizer = first.sampling, tokenizer
         self._children = {r.request_id: index for index, r in enumerate(requests)}
         self._streams = [self._text_stream() for _ in requests]
+        self._has_news = False
         self.output = RequestOutput(
             request_id=first.request_id.partition("-")[0],
             prompt=prompt,
@@ -280,6 +288,11 @@ class _Generation:
             skip_special_tokens=self._params.skip_special_tokens,
         )
 
+    def take_news(self) -> bool:
+        """Whether the output has grown since this was last asked."""
+        news, self._has_news = self._has_news, False
+        return news
+
     def ended(self, request_id: str) -> bool:
         """Whether a child has its finish reason."""
         return self.output.outputs[self._children[request_id]].finish_reason is not None
@@ -288,6 +301,7 @@ class _Generation:
         """Add what a step brought to one child: ids, text, log-probabilities, its end."""
         child = self._children[new.request_id]
         answer, metrics = self.output.outputs[child], self.output.metrics
+        self._has_news = True
         metrics.last_token_time = time.monotonic()
         metrics.first_token_time = metrics.first_token_time or metrics.last_token_time
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, new.num_cached_tokens)
@@ -323,8 +337,13 @@ class _Generation:
         """The token itself first, then the likeliest; the shape vLLM returns."""
         ranked = [(token.token_id, token.logprob, token.rank)]
         ranked += [(i, logprob, rank) for rank, (i, logprob) in enumerate(token.top, 1)]
-        name = self._tokenizer.token_text if self._tokenizer else lambda _: None
-        return {i: Logprob(logprob, rank, name(i)) for i, logprob, rank in reversed(ranked)}
+        return {i: Logprob(p, rank, self._token_text(i)) for i, p, rank in reversed(ranked)}
+
+    def _token_text(self, token_id: int) -> str | None:
+        """A token as text; None for a padding row of the embedding, or without a tokenizer."""
+        if self._tokenizer is None or token_id >= self._tokenizer.vocab_size:
+            return None
+        return self._tokenizer.token_text(token_id)
 
 
 @contextlib.contextmanager

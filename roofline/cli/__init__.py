@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -24,21 +24,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (default: the program's) name; return its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a terminal that lacks a letter still gets the rest
+        if isinstance(stream, io.TextIOWrapper):  # a letter the terminal lacks ends no answer
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _output():
-            app(arguments, exit_on_error=False, print_error=False)
+        app(arguments, exit_on_error=False, print_error=False)
+        if sys.stdout is not None:  # closed by the caller: nobody reads
+            sys.stdout.flush()
     except CycloptsError as error:
         return _fail(arguments, UsageError(str(error)), UsageError.exit_code)
     except RooflineError as error:
         return _fail(arguments, error, error.exit_code)
     except KeyboardInterrupt:
         return _fail(arguments, KeyboardInterrupt("interrupted"), INTERRUPTED)
-    except Exception as error:  # the last resort: no traceback is the only message
+    except BrokenPipeError:  # the reader has left, as `head` does: it had enough
+        return 0
+    except Exception as error:  # the last resort: a traceback is never the only message
         return _fail(arguments, error, 1)
+    finally:
+        _settle_stdout()
     return 0
 
 
@@ -66,29 +69,30 @@ _bench.command(
 app.command(_bench)
 
 
-@contextlib.contextmanager
-def _output() -> Iterator[None]:
-    """Flush stdout at the end. A reader that has left, as `head` does, had enough: no error."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what the interpreter flushes at exit goes there
-
-
 def _fail(arguments: Sequence[str], error: BaseException, code: int) -> int:
     """Print one line on stderr, or with --json one object on stdout; return the exit code."""
     if os.environ.get("ROOFLINE_DEBUG"):
         traceback.print_exception(error)
-    message = " ".join(str(error).split())
+    kind, message = type(error).__name__, " ".join(str(error).split())
     if "--json" in arguments:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
-    elif code == INTERRUPTED:
-        print("roofline: interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):  # stdout may be what failed
+            print(json.dumps({"error": {"type": kind, "message": message}}), flush=True)
+            return code
+    if code == INTERRUPTED:
+        line = "interrupted"
     elif isinstance(error, RooflineError):
-        print(f"roofline: error: {message}", file=sys.stderr)
+        line = f"error: {message}"
     else:
-        hint = "(a bug? ROOFLINE_DEBUG=1 shows where)"
-        print(f"roofline: error: {type(error).__name__}: {message} {hint}", file=sys.stderr)
+        line = f"error: {kind}: {message} (ROOFLINE_DEBUG=1 shows where)"
+    print(f"roofline: {line}", file=sys.stderr)
     return code
+
+
+def _settle_stdout() -> None:
+    """Flush; what cannot be written must not fail again when the interpreter flushes at exit."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -261,7 +261,7 @@ def _show(report: dict[str, Any]) -> None:
         )
     if speed := report["speed"]:
         console.print(
-            f"{speed['bandwidth_gb_s']:g} GB/s a rank: at most {speed['tokens_per_s']:.1f} tokens/s "
+            f"{speed['bandwidth_gb_s']:g} GB/s a rank: up to {speed['tokens_per_s']:.1f} tokens/s "
             f"reading {_size(speed['bytes_per_step'])} a step at half the context"
         )
 

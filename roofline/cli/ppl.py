@@ -42,8 +42,8 @@ def ppl(
     with roofline.LLM.from_config(model, config) as llm:
         if context >= llm.max_model_len:
             raise UsageError(
-                f"--context {context} is too long: a context holds {llm.max_model_len} tokens here, "
-                "one of them the answer's"
+                f"--context {context} is too long: requests hold {llm.max_model_len} tokens here, "
+                "one of them to answer"
             )
         ids = llm.get_tokenizer().encode(text)
         cuts = _windows(file, len(ids), context, stride, windows)

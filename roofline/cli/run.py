@@ -68,9 +68,9 @@ def _sampling_params(given: Mapping[str, Any]) -> SamplingParams:
 
 def _read_prompt(prompt: str | None) -> str:
     """The prompt as given, or all of stdin; without the newline that a shell adds."""
-    if prompt is None and sys.stdin.isatty():
-        raise UsageError("no prompt: write it after the model, or pipe it in")
     if prompt is None or prompt == "-":
+        if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+            raise UsageError("no prompt: write it after the model, or pipe it in")
         try:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from roofline.execution.arena import Arena
 from roofline.ops import StepInputs
-from roofline.scheduling.plan import StepPlan
-
-LAST_SAMPLED = -1  # a token id that stands for the row's last sampled token
+from roofline.scheduling.plan import ON_DEVICE, StepPlan
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,13 @@ class InputTables:
     def _entries(self, plan: StepPlan) -> list[Entry]:
         """Write tokens, positions, blocks and slots entry by entry."""
         tokens_at, blocks_at = _offsets(plan.counts), _offsets(plan.block_counts)
-        entries, total = [], 0
+        entries: list[Entry] = []
+        total = 0
         for index in sorted(range(len(plan.rows)), key=plan.rows.__getitem__):
             row, count, position = plan.rows[index], plan.counts[index], plan.positions[index]
             self._extend_table(row, plan.block_ids[blocks_at[index] : blocks_at[index + 1]])
             ids = np.array(plan.token_ids[tokens_at[index] : tokens_at[index + 1]], dtype=np.int64)
-            ids[ids == LAST_SAMPLED] = self._views["last_token"][row]
+            ids[ids == ON_DEVICE] = self._views["last_token"][row]
             places = np.arange(position, position + count)
             part = slice(total, total + count)
             self._views["token_ids"][part] = ids

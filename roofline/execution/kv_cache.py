@@ -8,6 +8,7 @@ from torch import Tensor
 
 from roofline.budget import Rank
 from roofline.config import ModelConfig
+from roofline.errors import CapacityError
 
 
 def allocate(
@@ -21,5 +22,12 @@ def allocate(
     heads = len(rank.parallel.kv_heads(model, rank.tp_rank))
     shape = (layers, 2, num_blocks, heads, block_size, model.head_dim)
     item = getattr(torch, dtype)
-    pages = np.zeros(math.prod(shape) * item.itemsize, dtype=np.uint8)
+    size_bytes = math.prod(shape) * item.itemsize
+    try:
+        pages = np.zeros(size_bytes, dtype=np.uint8)
+    except MemoryError as error:
+        raise CapacityError(
+            f"the system refuses a KV pool of {size_bytes:,} bytes; lower --kv-cache-memory-bytes, "
+            "--gpu-memory-utilization or --max-model-len"
+        ) from error
     return torch.from_numpy(pages).view(item).view(shape)

@@ -1,4 +1,4 @@
-"""One rank's half of a step: fill the tables, run the decoder, sample. The same code on every rank."""
+"""One rank's half of a step: fill the tables, run the decoder, sample. Every rank runs this."""
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class ModelRunner:
         tokens: dict[int, int] = {}
         logprobs: dict[int, list[TokenLogprobs]] = {}
         asking = [entry for entry in entries if entry.samples]
+        if not asking:
+            return tokens, logprobs
         logits = self._logits([e.first_token + e.count - 1 for e in asking], buffers)
         for entry, row_logits in zip(asking, logits, strict=True):
             sampler = self._sampler(entry.row)
@@ -88,8 +90,10 @@ class ModelRunner:
         out = arena["logits"][:count]
         shard = arena["logits_shard"][:count] if "logits_shard" in arena else out
         self._decoder.logits(self._ops, sampled, buffers, shard, out)
-        if torch.isnan(out).any():
-            raise RooflineError("the model's logits are NaN: its weights or its config are wrong")
+        if not (out < torch.inf).all():  # NaN compares false
+            raise RooflineError(
+                "the model's logits are NaN or infinite: its weights or its config are wrong"
+            )
         return out
 
     def _sampler(self, row: int) -> RowSampler:

@@ -37,6 +37,8 @@ class RowSampler:
         _forbid(logits, params, self.history, position)
         if logits.max() == -torch.inf:  # nothing is left: what must come beats what may not
             logits = unmasked
+        if logits.max() == -torch.inf:  # the model itself rules out all that is allowed
+            return min(params.allowed_token_ids, default=0)
         _penalize(logits, params, self.history)
         if params.temperature == 0:
             return lowest_argmax(logits)
@@ -52,38 +54,37 @@ def lowest_argmax(values: Tensor) -> int:
     return int(torch.nonzero(values == values.max())[0])
 
 
-def gumbel(seed: int, position: int, tokens: "np.ndarray") -> "np.ndarray":
+def gumbel(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
     """Standard Gumbel noise [n] float32 for token ids [n] at a position.
 
     The exponential draw is -log(1 - u) with u = (word + 1/2) / 2**32: finest where the noise is
     largest, which is what an argmax looks at.
     """
-    words = philox(seed, position, tokens)
-    uniform = (words.astype(np.float64) + 0.5) * 2.0**-32
+    word = philox((position, tokens, 0, 0), (seed & _LOW, seed >> 32))[0]
+    uniform = (word.astype(np.float64) + 0.5) * 2.0**-32
     return (-np.log(-np.log1p(-uniform))).astype(np.float32)
 
 
-def philox(seed: int, position: int, tokens: "np.ndarray") -> "np.ndarray":
-    """First word [n] of Philox4x32-10 (Salmon et al. 2011), counter (position, token, 0, 0)."""
-    low = np.uint64(0xFFFFFFFF)
-    key = [seed & 0xFFFFFFFF, seed >> 32]
-    counter = [
-        np.full(len(tokens), position, np.uint64),
-        tokens.astype(np.uint64),
-        np.zeros(len(tokens), np.uint64),
-        np.zeros(len(tokens), np.uint64),
-    ]
-    for _ in range(10):
-        first = counter[0] * np.uint64(0xD2511F53)
-        second = counter[2] * np.uint64(0xCD9E8D57)
-        counter = [
-            (second >> np.uint64(32)) ^ counter[1] ^ np.uint64(key[0]),
-            second & low,
-            (first >> np.uint64(32)) ^ counter[3] ^ np.uint64(key[1]),
-            first & low,
-        ]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return counter[0]
+_LOW = (1 << 32) - 1
+_PHILOX_FACTORS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_PHILOX_STEPS = 0x9E3779B9, 0xBB67AE85
+Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of 32 bits each, as uint64
+
+
+def philox(counter: Sequence[int | np.ndarray], key: tuple[int, int]) -> Words:
+    """Philox4x32-10 (Salmon et al. 2011) of counters of four words, which broadcast, and a key."""
+    first, second, third, fourth = (np.asarray(word, np.uint64) for word in counter)
+    low, high = np.uint64(_LOW), np.uint64(32)
+    for turn in range(10):
+        bump = [(k + turn * step) & _LOW for k, step in zip(key, _PHILOX_STEPS, strict=True)]
+        one, other = first * _PHILOX_FACTORS[0], third * _PHILOX_FACTORS[1]
+        first, second, third, fourth = (
+            (other >> high) ^ second ^ np.uint64(bump[0]),
+            other & low,
+            (one >> high) ^ fourth ^ np.uint64(bump[1]),
+            one & low,
+        )
+    return first, second, third, fourth
 
 
 def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
@@ -91,7 +92,7 @@ def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     raw = torch.log_softmax(logits, dim=0)
     chosen = float(raw[token])
     rank = int((raw > raw[token]).sum()) + 1
-    values, ids = torch.topk(raw, count) if count else (raw[:0], raw[:0])
+    values, ids = torch.topk(raw, min(count, len(raw)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token, chosen, rank, top)
 
@@ -103,27 +104,28 @@ def _restrict(logits: Tensor, params: RowStart) -> None:
         kept = logits[allowed]
         logits.fill_(-torch.inf)
         logits[allowed] = kept
-    for token, bias in params.logit_bias:
-        logits[token] += bias
+    if params.logit_bias:
+        tokens, biases = zip(*params.logit_bias, strict=True)
+        logits[list(tokens)] += torch.tensor(biases)
 
 
-def _forbid(
-    logits: Tensor, params: RowStart, history: Sequence[int], position: int
-) -> None:
+def _forbid(logits: Tensor, params: RowStart, history: Sequence[int], position: int) -> None:
     """Take out stop tokens before min_tokens, and what would complete a bad word."""
-    if params.stop_ids and position - params.num_prompt < params.min_tokens:
-        logits[torch.tensor(params.stop_ids)] = -torch.inf
+    early = position - params.num_prompt < params.min_tokens
+    forbidden = list(params.stop_ids) if early else []
     for word in params.bad_words:
         before = len(word) - 1
         if not before or tuple(history[-before:]) == word[:-1]:
-            logits[word[-1]] = -torch.inf
+            forbidden.append(word[-1])
+    if forbidden:
+        logits[forbidden] = -torch.inf
 
 
 def _penalize(logits: Tensor, params: RowStart, history: Sequence[int]) -> None:
     """Repetition (Keskar et al. 2019) over prompt and output; presence, frequency over output."""
     factor = params.repetition_penalty
     if factor != 1:
-        seen = torch.tensor(sorted(set(history)))
+        seen = torch.tensor(sorted(set(history)), dtype=torch.int64)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
     if params.frequency_penalty or params.presence_penalty:
@@ -133,7 +135,10 @@ def _penalize(logits: Tensor, params: RowStart, history: Sequence[int]) -> None:
 
 
 def _truncate(logits: Tensor, params: RowStart) -> None:
-    """Set to -inf what min_p, top_k and top_p leave out; ties at the border stay in."""
+    """Set to -inf what min_p, top_k and top_p leave out.
+
+    Ties at the border of top_k stay in; at that of top_p the lower id goes first.
+    """
     if params.min_p > 0:
         probabilities = torch.softmax(logits, dim=0)
         logits[probabilities < params.min_p * probabilities.max()] = -torch.inf
@@ -141,6 +146,6 @@ def _truncate(logits: Tensor, params: RowStart) -> None:
         logits[logits < torch.topk(logits, params.top_k).values[-1]] = -torch.inf
     if params.top_p < 1:
         ordered, ids = torch.sort(logits, descending=True, stable=True)
-        probabilities = torch.softmax(ordered, dim=0)
+        probabilities = torch.softmax(ordered, dim=0, dtype=torch.float64)
         before = probabilities.cumsum(dim=0) - probabilities  # mass above each token
         logits[ids[before >= params.top_p]] = -torch.inf

@@ -2,11 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from roofline.budget import available_host_bytes, plan_rank, plan_step_buffers
 from roofline.config import EngineConfig
+from roofline.errors import RooflineError
 from roofline.execution import arena, kv_cache
 from roofline.execution.runner import ModelRunner
 from roofline.models.checkpoints import Checkpoint
@@ -15,6 +18,16 @@ from roofline.models.layers import Source
 from roofline.ops.reference import ReferenceOps
 from roofline.parallel.mesh import Mesh
 from roofline.scheduling.plan import StepPlan, StepResult
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A rank's share of the model, and the memory it runs in."""
+
+    decoder: Decoder
+    kv_pool: Tensor
+    arena: arena.Arena
+    runner: ModelRunner
 
 
 class InProcessWorkers:
@@ -30,19 +43,19 @@ class InProcessWorkers:
         model, mesh = checkpoint.config, Mesh.single()
         native, available = checkpoint.native_groups, available_host_bytes()
         self.budget = budget = plan_rank(model, config, mesh.rank, native, available)
-        self._decoder = Decoder(model, budget.model, mesh, Source(checkpoint, progress))
-        self._kv_pool = kv_cache.allocate(
+        decoder = Decoder(model, budget.model, mesh, Source(checkpoint, progress))
+        kv_pool = kv_cache.allocate(
             model, config.dtype, mesh.rank, budget.num_blocks, config.block_size
         )
-        buffers = plan_step_buffers(model, config.dtype, mesh.rank, budget.step)
-        self._arena = arena.allocate(buffers)
-        ops = ReferenceOps(getattr(torch, config.dtype), self._arena["scratch"])
-        self._runner = ModelRunner(self._decoder, ops, self._kv_pool, self._arena)
+        buffers = arena.allocate(plan_step_buffers(model, config.dtype, mesh.rank, budget.step))
+        ops = ReferenceOps(getattr(torch, config.dtype), buffers["scratch"])
+        runner = ModelRunner(decoder, ops, kv_pool, buffers)
+        self._loaded: _Loaded | None = _Loaded(decoder, kv_pool, buffers, runner)
         self._results: deque[StepResult] = deque()
 
     def submit(self, plan: StepPlan) -> None:
         """Run a plan."""
-        self._results.append(self._runner.run(plan))
+        self._results.append(self._rank().runner.run(plan))
 
     def collect(self) -> StepResult:
         """The result of the oldest plan not yet collected."""
@@ -50,16 +63,22 @@ class InProcessWorkers:
 
     def storage_bytes(self) -> dict[str, int]:
         """Bytes of the storages this rank owns, counted from the tensors themselves."""
-        weights = self._decoder.tensors()
+        rank = self._rank()
+        weights = rank.decoder.tensors()
         scales = [tensor for name, tensor in weights.items() if name.endswith(".scales")]
         values = [tensor for name, tensor in weights.items() if not name.endswith(".scales")]
         return {
             "weights": arena.storage_bytes(values),
             "scales": arena.storage_bytes(scales),
-            "kv": arena.storage_bytes([self._kv_pool]),
-            "activations": arena.storage_bytes(self._arena.values()),
+            "kv": arena.storage_bytes([rank.kv_pool]),
+            "activations": arena.storage_bytes(rank.arena.values()),
         }
 
     def close(self) -> None:
-        """Drop weights, pool and buffers."""
-        del self._runner, self._decoder, self._kv_pool, self._arena
+        """Drop weights, pool and buffers; closing again does nothing."""
+        self._loaded = None
+
+    def _rank(self) -> _Loaded:
+        if self._loaded is None:
+            raise RooflineError("the model is closed; load it again to use it")
+        return self._loaded

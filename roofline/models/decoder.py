@@ -90,7 +90,7 @@ class Decoder:
     def logits(
         self, ops: Ops, sampled: Tensor, buffers: Buffers, shard: Tensor, out: Tensor
     ) -> None:
-        """Logits of the sampled tokens [S] to out [S, V]; this rank's columns go to `shard` first."""
+        """Logits of the sampled tokens [S] to out [S, V]; this rank's own go to `shard` first."""
         head, eps = self.head or self.table, self.config.rms_norm_eps
         assert head is not None and self.norm is not None, "the last stage holds norm and head"
         ops.norm_head(buffers.residual, buffers.delta, sampled, self.norm, eps, head, out=shard)

@@ -63,7 +63,7 @@ class Ops(abc.ABC):
 
     @abc.abstractmethod
     def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:
-        """Write rows `token_ids - first_id` of `table` [V, H] to out [T, H] float32; others zero."""
+        """Write rows `token_ids - first_id` of table [V, H] to out [T, H] float32; others zero."""
 
     @abc.abstractmethod
     def norm_qkv_rope_store(
@@ -98,7 +98,7 @@ class Ops(abc.ABC):
 
     @abc.abstractmethod
     def linear(self, x: Tensor, weight: Weight, out: Tensor) -> None:
-        """Write x [T, K] times the transpose of weight [N, K] to out [T, N], accumulated in float32."""
+        """Write x [T, K] times the transpose of weight [N, K] to out [T, N], summed in float32."""
 
     @abc.abstractmethod
     def norm_gate_up_swiglu(
@@ -123,4 +123,4 @@ class Ops(abc.ABC):
         head: Weight,  # [V, H]
         out: Tensor,  # [S, V] float32: logits
     ) -> None:
-        """RMSNorm of residual + delta at the sampled tokens, and the projection to the vocabulary."""
+        """RMSNorm of residual + delta at the sampled tokens, projected to the vocabulary."""

@@ -1,9 +1,11 @@
-"""Every op in plain PyTorch: the definition, the fallback and the oracle. Not fast, and always right.
+"""Every op in plain PyTorch: the definition, the fallback and the oracle. Slow and always right.
 
 A token's bits do not depend on the other tokens of a step: linears run in zero-padded tiles of 16
 tokens, attention walks fixed spans of KV in order, and no function is used whose vector and scalar
 forms differ (torch.sigmoid is one; torch.exp is not).
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ class ReferenceOps(Ops):
     ) -> None:
         """See `Ops.attention`."""
         starts, contexts = query_start.tolist(), context_len.tolist()
-        for row, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        for row, (start, stop) in enumerate(itertools.pairwise(starts)):
             if start < stop:
                 blocks = block_table[row].long()
                 paged = kv_pool[layer]

@@ -57,7 +57,7 @@ class Step:
 
     def oracle(self, window: int | None) -> np.ndarray:
         group, query = self.heads // self.kv_heads, self.query.double().numpy()
-        answers = []
+        answers: list[list[np.ndarray]] = []
         for (context, new), both in zip(self.rows, self.keys_values, strict=True):
             keys, values = both.double().numpy()
             for position in range(context - new, context):

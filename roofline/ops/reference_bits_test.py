@@ -1,4 +1,4 @@
-"""A token's bits depend on nothing but the token: not on its batch, its place in it, or chunking."""
+"""A token's bits depend on the token only: not on its batch, its place there, or chunking."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

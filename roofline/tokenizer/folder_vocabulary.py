@@ -30,6 +30,11 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
     bos_token, bos = _named_token(config, "bos_token", bpe)
     eos_token, eos = _named_token(config, "eos_token", bpe)
     prefix, suffix = _surroundings(bpe)
+    if max((*prefix, *suffix), default=0) >= size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: post_processor puts ids {[*prefix, *suffix]} around a "
+            f"text, not all of which are in the vocabulary of {size}"
+        )
     named = {"bos_token": bos_token, "eos_token": eos_token}
     return Vocabulary(
         source=str(folder),
@@ -87,11 +92,13 @@ def _read_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, int]:
         bpe.no_truncation()
         bpe.no_padding()
         bpe.encode("a")
-    given = {token["id"]: token["content"] for token in fields.get("added_tokens", list) or []}
-    taken = {id: token.content for id, token in bpe.get_added_tokens_decoder().items()}
-    if given != taken:
-        id = next(id for id in given if given[id] != taken.get(id))
-        raise fields.wrong("added_tokens", f"gives {given[id]!r} the id {id}, which it cannot have")
+    taken = bpe.get_added_tokens_decoder()
+    for token in fields.get("added_tokens", list) or []:
+        text, id = token["content"], token["id"]
+        if id not in taken or taken[id].content != text:
+            raise fields.wrong("added_tokens", f"gives {text!r} the id {id}, which it cannot have")
+        if taken[id].special:
+            bpe.add_tokens([_special(taken[id])])
     return bpe, size
 
 
@@ -130,9 +137,23 @@ def _named_token(
     if token is None:
         raise config.wrong(name, f"{text!r} is not in the vocabulary")
     added = bpe.get_added_tokens_decoder().get(token)
-    if added is None or not added.special:  # special by its name, whatever tokenizer.json says
-        bpe.add_tokens([AddedToken(text, special=True, normalized=False)])
+    bpe.add_tokens([_special(added or AddedToken(text))])  # whatever tokenizer.json says of it
     return text, token
+
+
+def _special(token: AddedToken) -> AddedToken:
+    """A token as special, and found in texts as they are written.
+
+    In normalized text it could be found where nobody wrote it.
+    """
+    return AddedToken(
+        token.content,
+        special=True,
+        normalized=False,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+    )
 
 
 def _surroundings(bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
@@ -19,6 +19,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll")]
 WORDS = [*ALPHABET, *("".join(pair) for pair in MERGES)]
 BOS, EOS, TOOL = range(len(WORDS), len(WORDS) + 3)
+SIZE = len(WORDS) + 3
 TEXTS = ["hello", "hell <s>", "</s> 12  3\n", "é😀<tool>"]
 
 
@@ -73,6 +74,30 @@ def test_a_named_token_is_special_whatever_tokenizer_json_says(tmp_path: Path) -
     assert {TOOL, tokenizer.bos_token_id} <= tokenizer.special_ids
     assert TOOL not in tokenizer.encode("<tool>")
     assert tokenizer.encode("<tool>", parse_special=True) == [TOOL]
+
+
+def test_no_text_can_be_normalized_into_a_special_token(tmp_path: Path) -> None:
+    tokenizer = original()
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<e>", special=True, normalized=True, rstrip=True)])
+    ours = Tokenizer.from_folder(
+        folder(tmp_path, tokenizer, chat_template="{{messages[0].content}}<e>")
+    )
+    assert ours.encode("<e> ", parse_special=True) == [SIZE]
+    assert SIZE not in ours.encode("\uff1ce\uff1e", parse_special=True)
+    ids = ours.apply_chat_template([{"role": "user", "content": "\uff1ce\uff1e"}])
+    assert ids == [*ours.encode("<e>"), SIZE]
+
+
+def test_a_post_processor_with_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    tokenizer = original()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <x>", special_tokens=[("<x>", SIZE)]
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"tokenizer\.json: post_processor puts ids \[{SIZE}\]"
+    ):
+        vocabulary_from_folder(folder(tmp_path, tokenizer))
 
 
 def test_truncation_and_padding_set_in_the_file_are_not_done(tmp_path: Path) -> None:

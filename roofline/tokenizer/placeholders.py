@@ -4,6 +4,7 @@ Special tokens' texts in messages go through the template as placeholders that n
 come out as text. Everything else stays as it is, for templates look into their messages.
 """
 
+import bisect
 import json
 import re
 import secrets
@@ -27,22 +28,18 @@ class SpecialTexts:
     def __init__(self, texts: Iterable[str]) -> None:
         longest_first = sorted(filter(None, texts), key=len, reverse=True)
         whole = "|".join(map(re.escape, longest_first)) or "(?!)"
-        starts = "".join(re.escape(start) for start in {text[0] for text in longest_first})
-        self._written = re.compile(whole)
+        starts = "|".join(sorted({re.escape(text[0]) for text in longest_first})) or "(?!)"
+        self.whole = re.compile(whole)
         # Templates may change the case of what they are given.
-        self.whole = re.compile(whole, re.IGNORECASE)
-        self.whole_or_start = re.compile(
-            f"({whole})|[{starts}]+" if starts else whole, re.IGNORECASE
-        )
-        self._texts = [text.lower() for text in longest_first]
+        self.whole_or_start = re.compile(f"({whole})|(?:{starts})+", re.IGNORECASE)
+        self._texts = sorted(text.casefold() for text in longest_first)
+        self._reversed = sorted(text[::-1] for text in self._texts)
         self._joined = "\n".join(self._texts)
         self._longest = max(map(len, self._texts), default=0)
-        self._beginnings = {text[:n] for text in self._texts for n in range(1, len(text))}
-        self._endings = {text[-n:] for text in self._texts for n in range(1, len(text))}
 
     def written_by_template(self, pieces: Sequence[str]) -> list[str]:
         """The special tokens in a rendering's own pieces, in order."""
-        return [text for piece in pieces[::2] for text in self._written.findall(piece)]
+        return [text for piece in pieces[::2] for text in self.whole.findall(piece)]
 
     def may_come_of(self, text: str) -> bool:
         """Whether a template could make a special token of this.
@@ -50,14 +47,15 @@ class SpecialTexts:
         By writing it beside other text (an end of it is a piece of one), or by cutting some of it
         out (it has all the letters in order).
         """
-        text = text.strip().lower()
+        text = text.strip().casefold()
         if not text or text in _WORDS:
             return False
         return (
             text in self._joined
             or any(
-                text[:n] in self._endings or text[-n:] in self._beginnings
-                for n in range(1, self._longest)
+                _any_begins(self._texts, text[-n:])
+                or _any_begins(self._reversed, text[n - 1 :: -1])
+                for n in range(1, min(self._longest, len(text) + 1))
             )
             or any(_in_order(special, text) for special in self._texts)
         )
@@ -176,6 +174,12 @@ def _changed(value: object, change: Callable[[str], str], where: str, depth: int
         f"{where} is {type(value).__name__}; messages hold strings, numbers, booleans, null, "
         "lists, and mappings from strings"
     )
+
+
+def _any_begins(texts: Sequence[str], beginning: str) -> bool:
+    """Whether one of these sorted texts begins so."""
+    place = bisect.bisect_left(texts, beginning)
+    return place < len(texts) and texts[place].startswith(beginning)
 
 
 def _in_order(letters: str, text: str) -> bool:

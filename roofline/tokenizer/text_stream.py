@@ -42,8 +42,11 @@ class TextStream:
         """
         if self.stopped_by is not None:
             return ""
+        known = self._tokenizer.vocab_size  # an embedding may have padding rows, which have no text
         data = b"".join(
-            self._tokenizer.token_bytes(token) for token in token_ids if token not in self._hidden
+            self._tokenizer.token_bytes(token)
+            for token in token_ids
+            if token < known and token not in self._hidden
         )
         new = self._decoder.decode(data)
         if not may_stop:

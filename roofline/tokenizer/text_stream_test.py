@@ -102,6 +102,13 @@ def test_one_stop_string_needs_no_list() -> None:
     assert "".join(pushed(stream, list(b"the end"))) == "the "
 
 
+def test_text_that_may_not_stop_is_no_part_of_a_stop_string() -> None:
+    stream = TextStream(SMALL, stop=["ab"])
+    assert stream.push(b"ab a", may_stop=False) == "ab a"
+    assert stream.push(b"b ab") == "b "
+    assert stream.stopped_by == "ab"
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "shown", "stopped_by"),
     [

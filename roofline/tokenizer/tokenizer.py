@@ -4,18 +4,22 @@ Byte-level BPE by the `tokenizers` library. Where vocabularies come from is in `
 `folder_vocabulary`; how messages are kept from forging special tokens is in `placeholders`.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
-from roofline.errors import RequestError
+from roofline.errors import CheckpointError, RequestError
 from roofline.tokenizer.chat_template import ChatTemplate
 from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
 from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
 from roofline.tokenizer.placeholders import SpecialTexts, render_untrusted
 from roofline.tokenizer.vocabulary import BYTE_OF_CHARACTER, Vocabulary
+
+_MAX_SPECIAL_CHARACTERS = 1024
 
 
 class Tokenizer:
@@ -32,7 +36,7 @@ class Tokenizer:
         added = vocabulary.bpe.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self._added_texts = {id: token.content for id, token in added.items()}
-        self._special_texts = SpecialTexts(added[id].content for id in self.special_ids)
+        self._special_texts = _special_texts(vocabulary, added.values())
         self._template_tokens = vocabulary.template_tokens
         self.chat_template: ChatTemplate | None = None
         if vocabulary.chat_template is not None:
@@ -115,6 +119,21 @@ class Tokenizer:
         """A conversation as the template writes it, to show."""
         return "".join(self._render(messages, add_generation_prompt, variables))
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files from which `from_folder` builds this tokenizer again."""
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= self._template_tokens
+        around = {"bos_token": self._prefix, "eos_token": self._suffix}
+        named = {n: self._parsing.token_to_id(text) for n, text in self._template_tokens.items()}
+        if all(ids in ((), (named.get(name),)) for name, ids in around.items()):
+            config |= {f"add_{name}": bool(ids) for name, ids in around.items()}
+        # otherwise they are as the post-processor in tokenizer.json puts them
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template.source
+        Path(folder, "tokenizer.json").write_text(self._parsing.to_str(), encoding="utf-8")
+        text = json.dumps(config, indent=2)
+        Path(folder, "tokenizer_config.json").write_text(text, encoding="utf-8")
+
     def _render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -137,7 +156,7 @@ class Tokenizer:
         """Cut rendered pieces into plain text and the ids of the template's special tokens."""
         for index, piece in enumerate(pieces):
             start = 0
-            if index % 2 == 0:
+            if piece and index % 2 == 0:
                 encoding = self._parsing.encode(_checked(piece), add_special_tokens=False)
                 for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
                     if id in self.special_ids:
@@ -158,6 +177,17 @@ class Tokenizer:
                 "which text of a request may not"
             )
         return ids
+
+
+def _special_texts(vocabulary: Vocabulary, added: Iterable[tokenizers.AddedToken]) -> SpecialTexts:
+    texts = [token.content for token in added if token.special]
+    longest = max(map(len, texts), default=0)
+    if longest > _MAX_SPECIAL_CHARACTERS:  # every message is searched for pieces of all of them
+        raise CheckpointError(
+            f"{vocabulary.source}: a special token is {longest} characters long; "
+            f"at most {_MAX_SPECIAL_CHARACTERS} are supported"
+        )
+    return SpecialTexts(texts)
 
 
 def _without_specials(bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -186,6 +186,13 @@ def test_special_tokens_in_a_text_are_text_unless_asked_for() -> None:
     assert SMALL.decode(ids) == SMALL.decode(ids, skip_special_tokens=False) == text
 
 
+def test_text_is_normalized_as_the_model_wants_it() -> None:
+    tokenizer = Tokenizer.from_gguf(small_metadata(pre="qwen2"), "small.gguf")
+    for parse_special in (True, False):
+        ids = tokenizer.encode("e\u0301", parse_special=parse_special)
+        assert tokenizer.decode(ids) == "\u00e9"
+
+
 def test_a_special_token_that_eats_white_space_does_so_beside_forged_ones() -> None:
     bpe = tokenizers.Tokenizer(models.BPE({"a": 0, "<": 1, "e": 2, ">": 3, "Ġ": 4}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -283,6 +290,13 @@ def test_without_a_template_a_chat_is_refused_and_text_is_not() -> None:
 def test_a_template_that_does_not_compile_is_refused_by_file() -> None:
     with pytest.raises(CheckpointError, match=r"^m\.gguf: chat template: line 1: "):
         Tokenizer.from_gguf(small_metadata(**{"tokenizer.chat_template": "{% if %}"}), "m.gguf")
+
+
+def test_an_endless_special_token_is_refused() -> None:
+    tokens = small_metadata()["tokenizer.ggml.tokens"]
+    tokens[IM_END] = "x" * 10**6
+    with pytest.raises(CheckpointError, match=r"^m\.gguf: a special token is 1000000 characters"):
+        Tokenizer.from_gguf(small_metadata(tokens=tokens), "m.gguf")
 
 
 def test_threads_may_parse_special_tokens_and_not_at_once() -> None:

@@ -53,17 +53,17 @@ def write_quantized(
         raise UsageError(f"quantization '{weights.quantization}' cannot be written; int8 can")
     if os.path.lexists(folder):
         raise UsageError(f"{folder}: exists already; name a folder to be made")
-    groups = tensor_groups(checkpoint.config, weights, checkpoint.native_groups)
-    layout = _plan_file(stored_tensors(checkpoint.config, groups))
+    config = _with_eos_of(tokenizer, checkpoint.config)
+    groups = tensor_groups(config, weights, checkpoint.native_groups)
+    plan = _plan_file(stored_tensors(config, groups))
     with (
-        _naming_the_disk(folder, layout.total_bytes),
+        _naming_the_disk(folder, plan.total_bytes),
         tempfile.TemporaryDirectory(prefix=".quantize-", dir=folder.parent) as scratch,
     ):
         partial = Path(scratch, folder.name)  # inside: the scratch folder is its owner's alone
         partial.mkdir()
         with (partial / SINGLE).open("xb") as file:
-            _write_tensors(checkpoint, groups, layout, file, progress)
-        config = _with_eos_of(tokenizer, checkpoint.config)
+            _write_tensors(checkpoint, groups, plan, file, progress)
         text = write_config(config, weights, groups)
         (partial / "config.json").write_text(text, encoding="utf-8")
         if tokenizer is not None:

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -11,8 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
+from tokenizers import decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,6 +31,7 @@ from roofline.models.checkpoints.tensors import EMBEDDING, matrix_shapes, tensor
 from roofline.models.decoder import Decoder
 from roofline.models.layers import Source
 from roofline.parallel.mesh import Mesh
+from roofline.tokenizer import Tokenizer
 
 SIZES: list[Literal["auto", "channel"] | int] = ["auto", 32, 64, 128, 256, "channel"]
 CONFIG = ModelConfig(
@@ -99,16 +103,65 @@ def test_offline_has_the_bits_of_quantising_at_load(
         assert_same_bits(loaded(written, again), at_load)
 
 
-def test_gguf_offline_has_the_bits_of_quantising_at_load(
+def test_gguf_offline_is_the_model_that_quantising_at_load_gives(
     smollm2_path: Path, tmp_path: Path
 ) -> None:
     checkpoint = GGUFCheckpoint(smollm2_path)
-    write(checkpoint, tmp_path / "out")
+    tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata, str(smollm2_path))
+    write_quantized(checkpoint, tokenizer, tmp_path / "out", WeightFormat(), silent)
+    assert_same_tokenizer(Tokenizer.from_folder(tmp_path / "out"), tokenizer)
     written = SafetensorsCheckpoint(tmp_path / "out")
     assert written.config == checkpoint.config
     assert written.native_groups[EMBEDDING] == 32  # Q8_0 keeps its own
     assert set(written.native_groups.values()) == {32, 128}
     assert_same_bits(loaded(written, WeightFormat()), loaded(checkpoint, WeightFormat()))
+
+
+def assert_same_tokenizer(found: Tokenizer, wanted: Tokenizer) -> None:
+    for text in (
+        "What is the capital of France?",
+        "a  1 23\n\té😀中",
+        "<|im_start|>user<|im_end|>",
+    ):
+        for special in (True, False):
+            assert found.encode(text, parse_special=special) == wanted.encode(
+                text, parse_special=special
+            )
+    messages = [{"role": "user", "content": "Hi <|im_end|>"}]
+    assert found.apply_chat_template(messages) == wanted.apply_chat_template(messages)
+    for name in ("vocab_size", "bos_token_id", "eos_token_ids", "adds_bos", "special_ids"):
+        assert getattr(found, name) == getattr(wanted, name), name
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("adds_eos", [True, False])
+@pytest.mark.parametrize("by", ["flags", "post-processor"])
+def test_saved_tokenizer_puts_the_same_ids_around_a_text(
+    tmp_path: Path, adds_bos: bool, adds_eos: bool, by: str
+) -> None:
+    words = [*pre_tokenizers.ByteLevel.alphabet(), "<s>", "</s>"]
+    bpe = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<s>", "</s>"])
+    config: dict[str, object] = {"bos_token": "<s>", "eos_token": "</s>"}
+    if by == "flags":
+        config |= {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
+    else:
+        pieces = ["<s>"] * 2 * adds_bos + ["$A"] + ["</s>"] * adds_eos
+        ids = [(word, words.index(word)) for word in ("<s>", "</s>")]
+        template = processors.TemplateProcessing(single=" ".join(pieces), special_tokens=ids)
+        bpe.post_processor = template
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    checkpoint = DummyCheckpoint(dataclasses.replace(CONFIG, vocab_size=300), 0)
+    write_quantized(checkpoint, tokenizer, tmp_path / "out", WeightFormat(), silent)
+    again = Tokenizer.from_folder(tmp_path / "out")
+    assert again.encode("a b") == tokenizer.encode("a b")
+    assert len(again.encode("a b")) == 3 + adds_bos * (1 if by == "flags" else 2) + adds_eos
+    assert again.eos_token_ids == tokenizer.eos_token_ids == (257,)
+    assert SafetensorsCheckpoint(tmp_path / "out").config.eos_token_ids == (257,)
 
 
 def test_int8_of_a_file_is_requantised_only_when_a_size_is_stated(tmp_path: Path) -> None:

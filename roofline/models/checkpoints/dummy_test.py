@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+
+from roofline.config import PRESETS, ModelConfig
+from roofline.models.checkpoints.dummy import DummyCheckpoint
+from roofline.models.checkpoints.tensors import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    matrix_shapes,
+    tensor_shapes,
+)
+
+SMALL = ModelConfig(
+    hidden_size=200,
+    intermediate_size=130,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=50,
+    vocab_size=77,
+    max_position=64,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    tie_word_embeddings=False,
+)
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def test_every_tensor_has_its_shape_and_type() -> None:
+    checkpoint = DummyCheckpoint(SMALL, 0)
+    assert checkpoint.native_groups == dict.fromkeys(matrix_shapes(SMALL), 128)
+    for name, shape in tensor_shapes(SMALL).items():
+        floats = checkpoint.read(name)
+        assert (floats.shape, floats.dtype) == (shape, np.float32)
+        if name in checkpoint.native_groups:
+            values, scales = checkpoint.read_int8(name)
+            assert (values.shape, values.dtype) == (shape, np.int8)
+            assert (scales.shape, scales.dtype) == ((shape[0], -(-shape[1] // 128)), np.float32)
+
+
+def test_floats_are_the_values_times_the_scales_of_their_groups() -> None:
+    checkpoint = DummyCheckpoint(SMALL, 0)
+    values, scales = checkpoint.read_int8(EMBEDDING)
+    wanted = values * scales[:, np.arange(200) // 128]
+    assert np.array_equal(checkpoint.read(EMBEDDING), wanted)
+
+
+def test_values_fill_the_range_without_its_odd_end() -> None:
+    values, scales = DummyCheckpoint(PRESETS["llama-110m"], 0).read_int8(EMBEDDING)
+    assert (values.min(), values.max()) == (-127, 127)
+    assert len(np.unique(values)) == 255
+    assert (scales > 0).all()
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD, DOWN])
+def test_weights_keep_activations_near_one(name: str) -> None:
+    weights = DummyCheckpoint(SMALL, 0).read(name)
+    assert weights.std() * weights.shape[1] ** 0.5 == pytest.approx(1, abs=0.15)
+
+
+def test_norms_are_ones() -> None:
+    assert (DummyCheckpoint(SMALL, 0).read(NORM) == 1).all()
+
+
+def test_tensors_depend_on_seed_and_name_and_nothing_else() -> None:
+    first, again = DummyCheckpoint(SMALL, 3), DummyCheckpoint(SMALL, 3)
+    again.read_int8(EMBEDDING)
+    assert all(map(np.array_equal, first.read_int8(DOWN), again.read_int8(DOWN)))
+    other = DummyCheckpoint(SMALL, 4).read_int8(DOWN)[0]
+    twin = first.read_int8(DOWN.replace("layers.1", "layers.0"))[0]
+    values = first.read_int8(DOWN)[0]
+    assert not np.array_equal(values, other)
+    assert not np.array_equal(values, twin)
+
+
+def test_bits_of_a_seed_are_those_of_every_release() -> None:
+    values, scales = DummyCheckpoint(SMALL, 0).read_int8(DOWN)
+    assert values[0, :4].tolist() == [-88, 35, 12, -30]
+    assert scales[0, 0].item() == pytest.approx(0.001455539, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+def test_presets_open_without_making_their_weights(config: ModelConfig) -> None:
+    checkpoint = DummyCheckpoint(config, 0)
+    layer = "model.layers.0.self_attn.k_proj.weight"
+    assert checkpoint.read_int8(layer)[0].shape == (config.kv_size, config.hidden_size)
+    checkpoint.close()
+
+
+def test_name_that_no_model_has_is_our_mistake() -> None:
+    with pytest.raises(KeyError):
+        DummyCheckpoint(SMALL, 0).read("model.layers.9.mlp.down_proj.weight")
