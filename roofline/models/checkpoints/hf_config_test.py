@@ -275,7 +275,7 @@ def test_unreadable_json_is_refused_in_one_line(
 
 def test_parsed_json_says_where(tmp_path: Path) -> None:
     assert parse_json(b'{"a": {"b": 1}, "c": {"b": 2}}', "here") == {"a": {"b": 1}, "c": {"b": 2}}
-    with pytest.raises(CheckpointError, match="^here: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"^here: not valid JSON"):
         parse_json(b"{]", "here")
 
 
