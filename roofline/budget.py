@@ -16,6 +16,7 @@ from roofline.errors import CapacityError
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
 SCALE_BYTES = 4
+LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
 
 NativeGroups = Mapping[str, int]  # group size of each checkpoint tensor that is INT8 on disk
@@ -211,11 +212,12 @@ def plan_step_buffers(
         "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
     }
     if rank.is_last_stage:
-        buffers["sampled"] = ((rows,), "int64")
-        buffers["logits"] = ((rows, model.vocab_size), "float32")
+        sampled = max(rows, LOGIT_ROWS)
+        buffers["sampled"] = ((sampled,), "int64")
+        buffers["logits"] = ((sampled, model.vocab_size), "float32")
         if parallel.tensor_parallel_size > 1:
             vocabulary = len(parallel.vocabulary(model, tp))
-            buffers["logits_shard"] = ((rows, vocabulary), "float32")
+            buffers["logits_shard"] = ((sampled, vocabulary), "float32")
     return buffers
 
 
