@@ -19,7 +19,7 @@ from roofline.budget import (
     step_read_bytes,
 )
 from roofline.config import PRESETS, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
-from roofline.errors import CapacityError
+from roofline.errors import CapacityError, UsageError
 
 INT8 = WeightFormat("int8", 128)
 FLOATS = WeightFormat("none", dtype="bfloat16")
@@ -130,7 +130,17 @@ def test_a_decoding_step_reads_all_but_a_lookup_table() -> None:
         plan = plan_model(model, INT8, Rank(), {})
         table = 300 * 100 + 300 * 4
         both = plan.weight_bytes + plan.scale_bytes
-        assert step_read_bytes(plan) == both - (0 if model is tied else table)
+        assert step_read_bytes(plan, Rank()) == both - (0 if model is tied else table)
+    first = Rank(ParallelConfig(pipeline_parallel_size=2), stage=0)
+    plan = plan_model(tied, INT8, first, {})
+    assert step_read_bytes(plan, first) == plan.weight_bytes + plan.scale_bytes - table
+
+
+def test_a_context_beyond_the_model_s_own_is_refused_with_both_numbers() -> None:
+    longest = TINY.max_position
+    assert plan(1 << 40, max_model_len=longest).step.max_model_len == longest
+    with pytest.raises(UsageError, match=f"{longest + 1} .* {longest} "):
+        plan(1 << 40, max_model_len=longest + 1)
 
 
 def test_kv_bytes_of_smollm2_are_those_of_the_documentation() -> None:
@@ -199,7 +209,7 @@ def test_what_is_planned_stays_within_the_share_of_memory(available: int, share:
 
 @given(
     st.integers(SMALLEST - 9000, FULL.total_bytes),
-    st.integers(1, 5000),
+    st.integers(1, TINY.max_position),
     st.sampled_from([1, 7, 16]),
 )
 @settings(max_examples=50)

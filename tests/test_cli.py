@@ -100,8 +100,8 @@ def assert_fit_equals_the_engine(model: str, load_format: str = "auto", **option
 
 @pytest.mark.parametrize("command", HELPS)
 def test_help_is_there_at_once(command: str) -> None:
-    seconds = []
-    for _ in range(5):
+    seconds: list[float] = []
+    while len(seconds) < 20 and min(seconds, default=1) >= HELP_SECONDS:
         process = subprocess.Popen(
             [sys.executable, "-m", "roofline", *command.split(), "--help"],
             stdout=subprocess.DEVNULL,

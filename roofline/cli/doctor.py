@@ -5,7 +5,7 @@ It says something useful where nothing else works: torch may be absent or broken
 
 import dataclasses
 import difflib
-import importlib.metadata
+import importlib
 import os
 import platform
 import shutil
@@ -60,14 +60,9 @@ def _import_torch() -> tuple[ModuleType | None, list[str]]:
 
 
 def _versions() -> dict[str, Any]:
-    try:
-        torch_version = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        torch_version = None
     return {
         "roofline": roofline.__version__,
         "python": platform.python_version(),
-        "torch": torch_version,
         "platform": platform.platform(),
     }
 
@@ -94,6 +89,7 @@ def _cache() -> dict[str, Any]:
 
 def _torch_facts(torch: ModuleType) -> dict[str, Any]:
     return {
+        "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.is_available(),

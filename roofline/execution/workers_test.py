@@ -116,7 +116,7 @@ def test_weights_and_cache_that_do_not_fit_are_refused_before_anything_is_read()
         read_int8 = read
 
     config = EngineConfig(kv_cache_memory_bytes=1, max_num_seqs=1)
-    with pytest.raises(CapacityError, match="needs .* bytes of KV cache"):
+    with pytest.raises(CapacityError, match=r"needs .* bytes of KV cache"):
         InProcessWorkers(config, Unread(MODEL, 0), lambda name: None)
 
 
