@@ -1,6 +1,7 @@
 """One rank runs plans: what it samples and scores is what its own logits say."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +37,15 @@ MODEL = ModelConfig(
 )
 BLOCK, BLOCKS_A_ROW = 8, 8
 PROMPT = [(i * 53 + 7) % 150 for i in range(37)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of torch: models this small only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Driver:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -39,6 +39,15 @@ FLOATS = WeightFormat("none", dtype="float32")
 BLOCK, ROWS = 16, 3
 
 Chunk = tuple[int, int, Sequence[int]]  # row, position of its first token, token ids
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of torch: models this small only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class RankRunner:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from roofline.config import EngineConfig, environment_options
+from roofline.config import EngineConfig, WeightFormat, environment_options
 from roofline.errors import RooflineError, UnsupportedError, UsageError
 
 BOUNDS = {
@@ -123,3 +123,11 @@ def test_a_bad_variable_is_refused_in_one_short_line(variable: str, text: str, w
         EngineConfig.from_options({}, {f"ROOFLINE_{variable}": text})
     assert wanted in caught.value.message
     assert len(caught.value.message) < 200
+
+
+def test_groups_of_a_weight_format() -> None:
+    assert WeightFormat().group(576, None) == 128
+    assert WeightFormat().group(576, 32) == 32
+    assert WeightFormat(group_size=64).group(576, 32) == 64
+    assert WeightFormat(group_size="channel").group(576, 32) == 576
+    assert WeightFormat("none", 64).group(576, 32) == 0
