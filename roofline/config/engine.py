@@ -99,6 +99,8 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least "
                 f"max_num_seqs, {self.max_num_seqs}, or some requests would never decode"
             )
+        if self.quantization == "none" and group != "auto":
+            raise UsageError(f"group_size {group} does nothing with quantization 'none'; drop one")
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) != 1:
                 raise UnsupportedError(

@@ -165,7 +165,7 @@ def test_remote_code_is_neither_imported_nor_minded(tmp_path: Path) -> None:
         ({"vocab_size": 1 << 60}, "vocab_size is 1152921504606846976"),
         ({"max_position_embeddings": []}, "max_position_embeddings is []"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is an integer of"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0; it must be a finite number above 0"),
         ({"rope_theta": float("inf")}, "rope_theta is inf; it must be a finite number"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a finite number above 0"),
