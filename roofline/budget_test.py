@@ -107,7 +107,7 @@ def test_the_ranks_together_hold_the_whole_model_once(
     heads_again = max(0, tp - model.num_kv_heads) * 2 * model.head_dim * model.hidden_size
     table_again = model.vocab_size * model.hidden_size * (model.tie_word_embeddings and pp > 1)
     assert values == once + model.num_layers * heads_again + table_again
-    assert sum(plan.norm_values for plan in plans) == tp * whole.norm_values
+    assert sum(plan.vector_values for plan in plans) == tp * whole.vector_values
 
 
 @given(models, st.integers(1, 8))

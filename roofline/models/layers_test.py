@@ -232,7 +232,7 @@ def test_progress_hears_of_every_tensor_once() -> None:
     for table in (plan.embedding, plan.head):
         assert table is not None
         load_table(source, CONFIG, Rank(), table)
-    source.norm("model.norm.weight")
+    source.vector("model.norm.weight")
     assert sorted(heard) == sorted(tensor_shapes(CONFIG))
     assert {EMBEDDING, HEAD} < set(heard)
 
@@ -266,7 +266,7 @@ def test_weight_that_is_no_number_is_named(name: str) -> None:
     source = Source(Spoilt(), silent)
     with pytest.raises(CheckpointError, match=f"tensor '{name}' holds NaN"):
         if name.endswith("norm.weight"):
-            source.norm(name)
+            source.vector(name)
         else:
             rows, columns = tensor_shapes(CONFIG)[name]
             plan = plan_model(CONFIG, WeightFormat(), Rank(), {}).layers[1].down

@@ -283,7 +283,14 @@ BAD_METADATA: dict[str, tuple[Metadata, str]] = {
     "adapter": ({"general.type": "adapter"}, "general.type is the string 'adapter'"),
     "split": ({"split.count": 3}, "split.count is the int 3"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count is the int 8, which is not"),
-    "window": ({"llama.attention.sliding_window": 4096}, "llama.attention.sliding_window is"),
+    "experts of Qwen": (
+        {"general.architecture": "qwen3moe"},
+        "architecture 'qwen3moe' is not supported; supported: llama, qwen2, qwen3",
+    ),
+    "window of some layers": (
+        {"llama.attention.sliding_window_pattern": 6},
+        "llama.attention.sliding_window_pattern is the int 6",
+    ),
     "yarn": (
         {"llama.rope.scaling.type": "yarn"},
         "llama.rope.scaling.type 'yarn' is not supported",
@@ -330,7 +337,7 @@ BAD_METADATA: dict[str, tuple[Metadata, str]] = {
         f"but its metadata makes that [{VOCAB + 1}, {HIDDEN}]",
     ),
     "tokens as numbers": ({"tokenizer.ggml.tokens": [1]}, "it must be an array of strings"),
-    "a layer more": ({"llama.block_count": 3}, "tensors 'blk.2.attn_norm.weight', "),
+    "a layer more": ({"llama.block_count": 3}, "tensors 'blk.2.attn_q.weight', "),
     "a layer less": ({"llama.block_count": 1}, "and 6 more are no part of the model"),
 }
 

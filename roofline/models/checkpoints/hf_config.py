@@ -12,16 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from roofline.config import (
-    ARCHITECTURES,
-    CHANNEL,
-    GROUP_SIZES,
-    ModelConfig,
-    RopeScaling,
-    WeightFormat,
-)
+from roofline.config import CHANNEL, GROUP_SIZES, ModelConfig, RopeScaling, WeightFormat
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.tensors import matrix_shapes
+from roofline.models.families import FAMILIES, Family
 
 MAX_JSON_BYTES = 8 << 20  # an index of 75,000 tensors; the worst such text is 250 MB parsed
 _MAX_EOS_IDS = 1024
@@ -57,8 +51,10 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
     """The model's shape, and the group size of each tensor that is INT8 on disk."""
     path = folder / "config.json"
-    fields = Fields(read_json(path), str(path))
-    _refuse_what_we_lack(fields)
+    stated = Fields(read_json(path), str(path))
+    family = _family(stated)
+    fields = Fields({**family.defaults, **stated.values}, str(path))
+    _refuse_what_we_lack(fields, family)
     heads, vocab_size = fields.integer("num_attention_heads"), fields.integer("vocab_size")
     theta, scaling, factors = _rope(fields)
     build = functools.partial(
@@ -76,6 +72,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
         rope_scaling=scaling,
         rope_factors=factors,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        sliding_window=_window(fields, family),
+        architecture=family.model_type,
         bos_token_id=fields.optional_integer("bos_token_id"),
         eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
     )
@@ -88,8 +88,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
 
 def write_config(config: ModelConfig, weights: WeightFormat, groups: Mapping[str, int]) -> str:
     """config.json of a checkpoint quantised by us; `groups` are the matrices' actual groups."""
+    family = FAMILIES[config.architecture]
     fields = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [family.transformers_class],
         "model_type": config.architecture,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
@@ -105,6 +106,7 @@ def write_config(config: ModelConfig, weights: WeightFormat, groups: Mapping[str
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
+        **_window_fields(config, family),
         "quantization_config": _quantization_fields(config, weights, groups),
     }
     return json.dumps(fields, indent=2, allow_nan=False) + "\n"
@@ -186,11 +188,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_what_we_lack(fields: Fields) -> None:
+def _family(fields: Fields) -> Family:
+    named = fields.get("model_type")
+    if not isinstance(named, str) or named not in FAMILIES:
+        raise fields.unsupported("model_type", ", ".join(FAMILIES))
+    return FAMILIES[named]
+
+
+def _refuse_what_we_lack(fields: Fields, family: Family) -> None:
     """Name whatever would change the model's arithmetic and is not implemented."""
-    if fields.get("model_type") not in ARCHITECTURES:
-        raise fields.unsupported("model_type", ", ".join(ARCHITECTURES))
     for name, neutral in _NEUTRAL.items():
+        if name == "attention_bias" and family.qkv_bias:
+            continue  # says what the family has; elsewhere the output projection gets a bias too
         if fields.get(name) is not None and not _same(fields.get(name), neutral):
             raise fields.unsupported(name, f"{json.dumps(neutral)}, or no such field")
 
@@ -207,6 +216,46 @@ def _head_dim(fields: Fields, heads: int) -> int:
             f"num_attention_heads {heads}, and there is no head_dim"
         )
     return hidden // heads
+
+
+def _window(fields: Fields, family: Family) -> int | None:
+    """Tokens a query sees in every layer, None for all; a window in some layers only is refused."""
+    window = fields.optional_integer("sliding_window")
+    if window is not None and family.window == "never":
+        raise fields.unsupported("sliding_window", "null, or no such field")
+    if family.window == "switched" and not _switched_on(fields):
+        window = None
+    kind = "full_attention" if window is None else "sliding_attention"
+    listed, layers = fields.get("layer_types"), fields.integer("num_hidden_layers")
+    if listed is None:
+        return window
+    if not isinstance(listed, list) or len(listed) != layers or any(k != kind for k in listed):
+        raise fields.unsupported("layer_types", f"'{kind}' for each of the {layers} layers")
+    return window
+
+
+def _switched_on(fields: Fields) -> bool:
+    """Whether all layers have Qwen's window; the first `max_window_layers` of them have none."""
+    if not fields.boolean("use_sliding_window", False):
+        return False
+    listed = fields.get("layer_types")
+    if isinstance(listed, list):  # it alone counts, then
+        return "sliding_attention" in listed
+    bare, layers = fields.integer("max_window_layers"), fields.integer("num_hidden_layers")
+    if 0 < bare < layers:
+        raise fields.unsupported("max_window_layers", f"0 (a window in all layers) or {layers}")
+    return bare <= 0
+
+
+def _window_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """What `_window` reads."""
+    if family.window == "never":
+        return {}
+    fields: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if family.window == "switched":
+        used = config.sliding_window is not None
+        fields |= {"use_sliding_window": used, "max_window_layers": 0}
+    return fields
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None, tuple[float, ...] | None]:
@@ -352,5 +401,4 @@ _NEUTRAL: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "sliding_window": None,
 }

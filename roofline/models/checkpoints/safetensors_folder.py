@@ -35,7 +35,7 @@ class SafetensorsCheckpoint:
         self._check_tensors()
 
     def read(self, name: str) -> Any:
-        """The tensor as floats, dequantised where it is INT8: torch [N, K] or [H]."""
+        """The tensor as floats, dequantised where it is INT8: torch [N, K] or [n]."""
         if name not in self.native_groups:
             return self._files[name].get_tensor(name)
         values, scales = self.read_int8(name)
@@ -99,7 +99,7 @@ class SafetensorsCheckpoint:
         if name.endswith(".bias"):
             raise UnsupportedError(
                 f"{self._folder}: tensor {name!r} is not supported; "
-                "supported: linear layers without bias"
+                "supported: linear layers without bias, and Qwen2's of Q, K and V"
             )
         raise CheckpointError(
             f"{self._folder}: tensor {name!r} is no part of the model config.json describes"

@@ -8,8 +8,8 @@ from roofline.config import PRESETS, ModelConfig, WeightFormat
 from roofline.models.checkpoints.tensors import (
     HEAD,
     matrix_shapes,
-    norm_names,
     tensor_shapes,
+    vector_shapes,
 )
 
 SMALL = ModelConfig(
@@ -51,5 +51,5 @@ def test_names_and_shapes_are_those_of_transformers(tied: bool) -> None:
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_tensors_add_up_to_the_parameters_of_the_plan(config: ModelConfig) -> None:
     parameters = sum(rows * columns for rows, columns in matrix_shapes(config).values())
-    parameters += len(norm_names(config)) * config.hidden_size
+    parameters += sum(size for (size,) in vector_shapes(config).values())
     assert parameters == plan_model(config, WeightFormat(), Rank(), {}).parameters
