@@ -1,3 +1,4 @@
+import dataclasses
 import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -188,6 +189,23 @@ def test_ranks_that_share_a_kv_head_hold_the_same_keys_and_values() -> None:
     queries = [floats(layer.qkv)[: -2 * CONFIG.head_dim] for layer in layers]
     whole = layer_of(weights, Rank(), checkpoint)
     assert torch.equal(torch.cat(queries), floats(whole.qkv)[: CONFIG.query_size])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_biases_are_cut_like_the_rows_they_are_added_to(count: int) -> None:
+    model = dataclasses.replace(CONFIG, qkv_bias=True, qk_norm=True)
+    source, floats32 = Source(DummyCheckpoint(model, 1), silent), WeightFormat("none", "auto")
+    shards: list[list[Tensor]] = []
+    for rank in ranks_of(count):
+        plan = plan_model(model, floats32, rank, {})
+        layer = load_layer(source, model, rank, plan.layers[1], 1)
+        assert layer.qkv_bias is not None and layer.q_norm is not None
+        assert len(layer.qkv_bias) == layer.qkv.rows and layer.q_norm.shape == (20,)
+        own = [share_of(rank, "qkv", piece) for piece in range(3)]
+        shards.append(list(layer.qkv_bias.split(own)))
+    whole = [torch.from_numpy(source.checkpoint.read(layer_tensor(1, p, "bias"))) for p in QKV]
+    for pieces, bias in zip(zip(*shards, strict=True), whole, strict=True):
+        assert torch.equal(torch.cat(pieces), bias)
 
 
 @pytest.mark.parametrize("count", RANKS)

@@ -143,6 +143,13 @@ def test_every_eos_id_the_file_names_is_kept_once(tmp_path: Path) -> None:
     assert (config.bos_token_id, config.eos_token_ids) == (1, (7, 9))
 
 
+def test_a_llama_file_with_a_window_is_a_mistral(tmp_path: Path) -> None:
+    for window, found in ((4096, ("mistral", 4096)), (0, ("llama", None))):
+        keys = metadata(attention__sliding_window=window)
+        config = GGUFCheckpoint(save(tmp_path, keys, tensors())).config
+        assert (config.architecture, config.sliding_window) == found
+
+
 @pytest.mark.parametrize(
     ("changes", "scaling"),
     [
