@@ -55,8 +55,11 @@ def gguf_architectures() -> list[str]:
     return list(dict.fromkeys(f.gguf for f in FAMILIES.values() if f.gguf is not None))
 
 
-def gguf_family(architecture: str, windowed: bool) -> Family:
-    """The family of a GGUF file; Mistral's are called llama, and are told apart by a window."""
+def gguf_family(architecture: str, windowed: bool) -> Family | None:
+    """The family of a GGUF file, None where none of that name has a window and the file does.
+
+    Mistral's files are called llama; those that state their window are told apart by it.
+    """
     named = [family for family in FAMILIES.values() if family.gguf == architecture]
     fitting = [family for family in named if not windowed or family.window != "never"]
-    return fitting[0]
+    return fitting[0] if fitting else None

@@ -79,6 +79,11 @@ def read_config(file: GGUFFile) -> ModelConfig:
     theta = keys.get("rope.freq_base", float)
     window = keys.get("attention.sliding_window", int) or None  # 0 is none
     family = gguf_family(keys.architecture, windowed=window is not None)
+    if family is None:
+        raise UnsupportedError(
+            f"{file.path}: {keys.full('attention.sliding_window')} {window} is not supported; "
+            "supported: 0, or no such key"
+        )
     build = functools.partial(
         ModelConfig,
         hidden_size=keys.require("embedding_length", int),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from roofline.config import RopeScaling
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.gguf_checkpoint import GGUFCheckpoint
+from roofline.models.families import FAMILIES
 
 Array = NDArray[np.float32]
 Metadata = dict[str, object]
@@ -148,6 +149,15 @@ def test_a_llama_file_with_a_window_is_a_mistral(tmp_path: Path) -> None:
         keys = metadata(attention__sliding_window=window)
         config = GGUFCheckpoint(save(tmp_path, keys, tensors())).config
         assert (config.architecture, config.sliding_window) == found
+
+
+def test_a_window_is_refused_where_the_family_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(FAMILIES, "mistral")
+    path = save(tmp_path, metadata(attention__sliding_window=64), tensors())
+    with pytest.raises(UnsupportedError, match=r"llama\.attention\.sliding_window 64 is not"):
+        GGUFCheckpoint(path)
 
 
 @pytest.mark.parametrize(

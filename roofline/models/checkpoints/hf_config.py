@@ -6,46 +6,17 @@ The files are untrusted: whatever would change an answer and is not done here is
 import collections
 import functools
 import json
-import reprlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from roofline.config import CHANNEL, GROUP_SIZES, ModelConfig, RopeScaling, WeightFormat
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
+from roofline.models.checkpoints.json_fields import Fields, read_json, short
 from roofline.models.checkpoints.tensors import matrix_shapes
 from roofline.models.families import FAMILIES, Family
 
-MAX_JSON_BYTES = 8 << 20  # an index of 75,000 tensors; the worst such text is 250 MB parsed
 _MAX_EOS_IDS = 1024
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of sane size; CheckpointError names the file otherwise."""
-    try:
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such file; a safetensors folder needs one")
-        if not path.is_file():  # opening a FIFO would wait for its writer
-            raise CheckpointError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: too large for JSON; the limit is {MAX_JSON_BYTES:,} bytes")
-    return parse_json(text, str(path))
-
-
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object in UTF-8, no key of it twice; CheckpointError says `where` otherwise."""
-    try:
-        found = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where}: holds a JSON {type(found).__name__}, not an object")
-    return found
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
@@ -110,82 +81,6 @@ def write_config(config: ModelConfig, weights: WeightFormat, groups: Mapping[str
         "quantization_config": _quantization_fields(config, weights, groups),
     }
     return json.dumps(fields, indent=2, allow_nan=False) + "\n"
-
-
-class Fields:
-    """Typed access to a JSON object; a wrong type or a missing field names file and field.
-
-    A null counts as absent, as it does for Hugging Face.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-
-    def get(self, name: str) -> Any:
-        """The raw value, None where absent."""
-        return self.values.get(name)
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """An integer."""
-        value = self._present(name, default)
-        if type(value) is not int:
-            raise self.wrong(name, "an integer")
-        return value
-
-    def optional_integer(self, name: str) -> int | None:
-        """An integer, or None where absent."""
-        return None if self.get(name) is None else self.integer(name)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number, as float."""
-        value = self._present(name, default)
-        number = type(value) is int or type(value) is float
-        if not number or not abs(value) <= sys.float_info.max:  # NaN compares false
-            raise self.wrong(name, "a finite number")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        """true or false."""
-        value = self._present(name, default)
-        if not isinstance(value, bool):
-            raise self.wrong(name, "true or false")
-        return value
-
-    def section(self, name: str) -> dict[str, Any]:
-        """The members of an object, none where absent."""
-        value = self._present(name, {})
-        if not isinstance(value, dict):
-            raise self.wrong(name, "an object")
-        return value
-
-    def wrong(self, name: str, wanted: str) -> CheckpointError:
-        """The error of a field that is not what is `wanted`."""
-        return CheckpointError(
-            f"{self.where}: {name} is {_short(self.get(name))}; it must be {wanted}"
-        )
-
-    def unsupported(self, name: str, supported: str) -> UnsupportedError:
-        """The error of a field whose value we do not do."""
-        value = _short(self.get(name))
-        return UnsupportedError(
-            f"{self.where}: {name} {value} is not supported; supported: {supported}"
-        )
-
-    def _present(self, name: str, default: Any) -> Any:
-        value = self.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(f"{self.where}: no field '{name}'")
-        return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members; ValueError for a key that comes twice, which readers take apart."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"duplicate key {_short(key)}")
-    return found
 
 
 def _family(fields: Fields) -> Family:
@@ -287,7 +182,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None, tuple[float, ...] 
         )
         return theta, scaling, None
     raise UnsupportedError(
-        f"{fields.where}: rope_type {_short(kind)} is not supported; "
+        f"{fields.where}: rope_type {short(kind)} is not supported; "
         "supported: default, linear, llama3"
     )
 
@@ -351,7 +246,7 @@ def _native_groups(fields: Fields, config: ModelConfig) -> dict[str, int]:
     own = Fields(found.section("group_sizes"), f"{found.where}: group_sizes")
     for name in own.values:
         if name not in columns:
-            raise CheckpointError(f"{own.where}: the model has no matrix {_short(name)}")
+            raise CheckpointError(f"{own.where}: the model has no matrix {short(name)}")
     return {
         name: _group(own, name, width) if name in own.values else _group(found, "group_size", width)
         for name, width in columns.items()
@@ -385,15 +280,6 @@ def _quantization_fields(
 def _same(value: Any, wanted: Any) -> bool:
     """Equal, and of one type: neither 1 for true nor 8.0 for 8."""
     return type(value) is type(wanted) and value == wanted
-
-
-def _short(value: Any) -> str:
-    """A value for a message, however long or deep it is."""
-    return _SHORTENING.repr(value)
-
-
-_SHORTENING = reprlib.Repr()
-_SHORTENING.maxstring = _SHORTENING.maxlong = 60
 
 
 # Fields of config.json that change the answer when they hold anything else.

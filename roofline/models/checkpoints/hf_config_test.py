@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import resource
 import sys
 import time
@@ -13,7 +12,7 @@ from transformers import AutoConfig
 
 from roofline.config import CHANNEL, PRESETS, ModelConfig, RopeScaling, WeightFormat
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
-from roofline.models.checkpoints.hf_config import parse_json, read_config, read_json, write_config
+from roofline.models.checkpoints.hf_config import read_config, write_config
 from roofline.models.checkpoints.tensors import matrix_shapes
 from roofline.models.families import FAMILIES
 
@@ -321,31 +320,6 @@ def test_json_that_is_none_names_its_file(tmp_path: Path, text: bytes, says: str
 def test_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config.json: no such file"):
         read_config(tmp_path)
-
-
-def test_folder_and_fifo_are_no_json_files(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(CheckpointError, match="not a regular file"):
-            read_json(path)
-
-
-def test_unreadable_json_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    path = written(tmp_path, "{}") / "config.json"
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(CheckpointError, match=r"config.json: cannot be read: Permission denied"):
-        read_json(path)
-
-
-def test_parsed_json_says_where(tmp_path: Path) -> None:
-    assert parse_json(b'{"a": {"b": 1}, "c": {"b": 2}}', "here") == {"a": {"b": 1}, "c": {"b": 2}}
-    with pytest.raises(CheckpointError, match=r"^here: not valid JSON"):
-        parse_json(b"{]", "here")
 
 
 CONFIGS = [

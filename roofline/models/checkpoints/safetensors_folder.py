@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from roofline.config import ModelConfig
 from roofline.errors import CheckpointError, UnsupportedError
-from roofline.models.checkpoints.hf_config import parse_json, read_config, read_json
+from roofline.models.checkpoints.hf_config import read_config
+from roofline.models.checkpoints.json_fields import parse_json, read_json
 from roofline.models.checkpoints.tensors import HEAD, matrix_shapes, tensor_shapes
 
 FLOATS = ("F32", "F16", "BF16")
