@@ -89,7 +89,7 @@ class ModelPlan:
     layers: dict[int, LayerPlan]  # by global layer number
     embedding: MatrixPlan | None  # on the first stage (and on the last when tied)
     head: MatrixPlan | None  # on the last stage, unless tied: then the embedding serves
-    norm_values: int  # fp32 RMSNorm weights
+    vector_values: int  # fp32 RMSNorm weights and biases
 
     def matrices(self) -> list[MatrixPlan]:
         """Every matrix of the rank."""
@@ -98,8 +98,8 @@ class ModelPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Matrices without their scales, and the norms."""
-        return sum(m.weight_bytes for m in self.matrices()) + 4 * self.norm_values
+        """Matrices without their scales, and the vectors."""
+        return sum(m.weight_bytes for m in self.matrices()) + 4 * self.vector_values
 
     @property
     def scale_bytes(self) -> int:
@@ -109,7 +109,7 @@ class ModelPlan:
     @property
     def parameters(self) -> int:
         """Weights held, scales not counted."""
-        return sum(m.rows * m.columns for m in self.matrices()) + self.norm_values
+        return sum(m.rows * m.columns for m in self.matrices()) + self.vector_values
 
 
 def plan_model(
@@ -132,13 +132,17 @@ def plan_model(
         embedding = table("model.embed_tokens.weight")
     if rank.is_last_stage and not tied:
         head = table("lm_head.weight")
-    norms = (2 * len(layers) + rank.is_last_stage) * model.hidden_size
-    return ModelPlan(layers, embedding, head, norms)
+    vectors = (2 * len(layers) + rank.is_last_stage) * model.hidden_size
+    if model.qkv_bias:
+        vectors += sum(layer.qkv.rows for layer in layers.values())
+    if model.qk_norm:
+        vectors += len(layers) * 2 * model.head_dim
+    return ModelPlan(layers, embedding, head, vectors)
 
 
-def layer_tensor(layer: int, name: str) -> str:
-    """The checkpoint's name of a layer's matrix, such as `self_attn.q_proj`."""
-    return f"model.layers.{layer}.{name}.weight"
+def layer_tensor(layer: int, name: str, kind: str = "weight") -> str:
+    """The checkpoint's name of a layer's tensor, such as the weight of `self_attn.q_proj`."""
+    return f"model.layers.{layer}.{name}.{kind}"
 
 
 def _plan_layer(

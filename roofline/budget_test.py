@@ -47,6 +47,42 @@ def ranks_of(parallel: ParallelConfig) -> list[Rank]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        (  # Mistral 7B v0.1
+            {"vocab_size": 32000, "sliding_window": 4096},
+            7_241_732_096,
+        ),
+        (  # Qwen2.5 7B
+            {
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_layers": 28,
+                "num_heads": 28,
+                "num_kv_heads": 4,
+                "vocab_size": 152064,
+                "qkv_bias": True,
+            },
+            7_615_616_512,
+        ),
+        (  # Qwen3 8B
+            {
+                "intermediate_size": 12288,
+                "num_layers": 36,
+                "vocab_size": 151936,
+                "qk_norm": True,
+            },
+            8_190_735_360,
+        ),
+    ],
+    ids=["mistral-7b", "qwen2.5-7b", "qwen3-8b"],
+)
+def test_parameters_are_those_published(changes: dict[str, Any], parameters: int) -> None:
+    model = dataclasses.replace(LLAMA_8B, **changes)
+    assert plan_model(model, INT8, Rank(), {}).parameters == parameters
+
+
 def test_llama_8b_takes_8_gigabytes_in_int8_and_16_in_bfloat16() -> None:
     norms = 65 * 4096
     matrices = 8_030_261_248 - norms  # the published number of parameters
@@ -76,18 +112,21 @@ def test_native_groups_are_kept_where_all_fused_matrices_share_them() -> None:
 
 
 models = st.builds(
-    lambda kv_heads, group, ffn, vocab, tied: dataclasses.replace(
+    lambda kv_heads, group, ffn, vocab, tied, flagged: dataclasses.replace(
         TINY,
         num_kv_heads=kv_heads,
         num_heads=kv_heads * group,
         intermediate_size=ffn,
         vocab_size=vocab,
         tie_word_embeddings=tied,
+        qkv_bias=flagged,
+        qk_norm=flagged,
     ),
     st.integers(1, 4),
     st.integers(1, 4),
     st.integers(1, 700),
     st.integers(1, 700),
+    st.booleans(),
     st.booleans(),
 )
 
@@ -107,7 +146,11 @@ def test_the_ranks_together_hold_the_whole_model_once(
     heads_again = max(0, tp - model.num_kv_heads) * 2 * model.head_dim * model.hidden_size
     table_again = model.vocab_size * model.hidden_size * (model.tie_word_embeddings and pp > 1)
     assert values == once + model.num_layers * heads_again + table_again
-    assert sum(plan.norm_values for plan in plans) == tp * whole.norm_values
+    biases = model.num_layers * (model.query_size + 2 * model.kv_size) * model.qkv_bias
+    biases_again = model.num_layers * max(0, tp - model.num_kv_heads) * 2 * model.head_dim
+    norms = tp * (whole.vector_values - biases)
+    vectors = norms + biases + biases_again * model.qkv_bias
+    assert sum(plan.vector_values for plan in plans) == vectors
 
 
 @given(models, st.integers(1, 8))

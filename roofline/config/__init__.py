@@ -13,11 +13,10 @@ from roofline.config.engine import (
     environment_options,
     parse_option,
 )
-from roofline.config.model import ARCHITECTURES, PRESETS, ModelConfig, RopeScaling
+from roofline.config.model import PRESETS, ModelConfig, RopeScaling
 from roofline.config.parallel import UNIT, ParallelConfig
 
 __all__ = [
-    "ARCHITECTURES",
     "CHANNEL",
     "DEFAULT_GROUP_SIZE",
     "GROUP_SIZES",

@@ -4,9 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from roofline.errors import CheckpointError, UnsupportedError, shown
-
-ARCHITECTURES = ("llama",)
+from roofline.errors import CheckpointError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +41,18 @@ class ModelConfig:
     rope_factors: tuple[float, ...] | None = (
         None  # [head_dim / 2], divisors of the frequencies (GGUF rope_freqs)
     )
-    architecture: str = "llama"
+    qkv_bias: bool = False  # of the Q, K and V projections
+    qk_norm: bool = False  # RMSNorm of every query and key head before RoPE
+    sliding_window: int | None = None  # tokens a query sees in every layer, itself included
+    architecture: str = "llama"  # the family, by its model_type in `models.families`
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise UnsupportedError(
-                f"architecture '{self.architecture}' is not supported; "
-                f"supported: {', '.join(ARCHITECTURES)}"
-            )
         for name, limit in _SIZE_LIMITS.items():
             value = getattr(self, name)
+            if name == "sliding_window" and value is None:
+                continue
             if type(value) is not int or not 1 <= value <= limit:
                 raise CheckpointError(
                     f"model config: {name} is {shown(value)}; "
@@ -75,6 +73,10 @@ class ModelConfig:
                 raise CheckpointError(
                     f"model config: {name} is {shown(value)}; it must be a finite number above 0"
                 )
+        for name in ("tie_word_embeddings", "qkv_bias", "qk_norm"):
+            if type(getattr(self, name)) is not bool:
+                value = shown(getattr(self, name))
+                raise CheckpointError(f"model config: {name} is {value}; it must be true or false")
         self._check_rope()
         for token in (
             *self.eos_token_ids,
@@ -149,6 +151,7 @@ _SIZE_LIMITS = {
     "head_dim": 1 << 10,
     "vocab_size": 1 << 24,
     "max_position": 1 << 27,
+    "sliding_window": 1 << 27,
 }
 
 

@@ -69,7 +69,10 @@ def test_rope_factors_divide_frequencies_before_scaling() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gpt2"}, "architecture 'gpt2' is not supported; supported: llama"),
+        ({"sliding_window": 0}, "sliding_window is 0; .* from 1 to"),
+        ({"sliding_window": True}, "sliding_window is True"),
+        ({"qkv_bias": 1}, "qkv_bias is 1; it must be true or false"),
+        ({"qk_norm": None}, "qk_norm is None; it must be true or false"),
         ({"hidden_size": 0}, "hidden_size is 0; .* from 1 to"),
         ({"num_layers": 10**9}, "num_layers is 1000000000"),
         ({"vocab_size": True}, "vocab_size is True"),

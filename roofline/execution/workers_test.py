@@ -42,7 +42,11 @@ def workers(model: ModelConfig = MODEL, **options: Any) -> InProcessWorkers:
     return InProcessWorkers(config, DummyCheckpoint(model, 0), lambda name: None)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"tie_word_embeddings": False}, {"qkv_bias": True, "qk_norm": True, "sliding_window": 9}],
+    ids=["tied", "untied", "flagged"],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -54,9 +58,8 @@ def workers(model: ModelConfig = MODEL, **options: Any) -> InProcessWorkers:
     ],
     ids=str,
 )
-def test_storages_are_the_planned_bytes(options: dict[str, Any], tied: bool) -> None:
-    model = dataclasses.replace(MODEL, tie_word_embeddings=tied)
-    group = workers(model, **options)
+def test_storages_are_the_planned_bytes(options: dict[str, Any], change: dict[str, Any]) -> None:
+    group = workers(dataclasses.replace(MODEL, **change), **options)
     budget, found = group.budget, group.storage_bytes()
     assert found == {
         "weights": budget.model.weight_bytes,

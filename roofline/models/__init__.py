@@ -10,6 +10,6 @@ from types import ModuleType
 
 def __getattr__(name: str) -> ModuleType:
     """Import a submodule when it is first named."""
-    if name in ("checkpoints", "decoder", "hub", "layers", "opening"):
+    if name in ("checkpoints", "decoder", "families", "hub", "layers", "opening"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

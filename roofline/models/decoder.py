@@ -12,7 +12,8 @@ from torch import Tensor
 
 from roofline.budget import MatrixPlan, ModelPlan
 from roofline.config import ModelConfig
-from roofline.models.layers import LayerWeights, Source, load_layer, load_table
+from roofline.models.checkpoints.tensors import NORM
+from roofline.models.layers import VECTORS, LayerWeights, Source, load_layer, load_table
 from roofline.ops import Int8Weight, Ops, StepInputs, Weight
 from roofline.parallel.mesh import Mesh
 
@@ -40,7 +41,7 @@ class Decoder:
             for layer, layer_plan in plan.layers.items()
         ]
         self.head = _load_table(source, config, mesh, plan.head)
-        self.norm = source.norm("model.norm.weight") if mesh.rank.is_last_stage else None
+        self.norm = source.vector(NORM) if mesh.rank.is_last_stage else None
 
     def forward(self, ops: Ops, inputs: StepInputs, kv_pool: Tensor, buffers: Buffers) -> None:
         """Run this stage's layers; residual and delta are left for `logits` or the next stage."""
@@ -72,12 +73,12 @@ class Decoder:
     ) -> None:
         eps, all_reduce = self.config.rms_norm_eps, self.mesh.collectives.all_reduce
         ops.norm_qkv_rope_store(
-            b.residual, delta, weights.attention_norm, eps, weights.qkv, b.rope,
-            inputs, kv_pool, layer, out=b.query,
+            b.residual, delta, weights.attention_norm, eps, weights.qkv, weights.qkv_bias,
+            weights.q_norm, weights.k_norm, b.rope, inputs, kv_pool, layer, out=b.query,
         )  # fmt: skip
         ops.attention(
             b.query, kv_pool, layer, inputs.block_table, inputs.query_start, inputs.context_len,
-            self.config.head_dim**-0.5, None, out=b.attended,
+            self.config.head_dim**-0.5, self.config.sliding_window, out=b.attended,
         )  # fmt: skip
         ops.linear(b.attended.flatten(1), weights.output, out=b.delta)
         all_reduce(b.delta)
@@ -112,8 +113,8 @@ class Decoder:
         for name, weight in (("table", self.table), ("head", self.head)):
             found |= _matrix_tensors(name, weight)
         for number, layer in enumerate(self.layers):
-            found[f"{number}.attention_norm"] = layer.attention_norm
-            found[f"{number}.ffn_norm"] = layer.ffn_norm
+            vectors = {name: getattr(layer, name) for name in VECTORS}
+            found |= {f"{number}.{name}": v for name, v in vectors.items() if v is not None}
             for name in ("qkv", "output", "gate_up", "down"):
                 found |= _matrix_tensors(f"{number}.{name}", getattr(layer, name))
         return found

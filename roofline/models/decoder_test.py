@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ SMOLLM2 = ModelConfig(  # with fewer layers, and a vocabulary that leaves ranks 
     rope_theta=100000.0,
     tie_word_embeddings=True,
 )
+FLAGGED = dataclasses.replace(SMOLLM2, qkv_bias=True, qk_norm=True, sliding_window=13)
 UNTIED = dataclasses.replace(SMOLLM2, tie_word_embeddings=False)
 INT8 = WeightFormat("int8", dtype="float32")
 FLOATS = WeightFormat("none", dtype="float32")
@@ -143,14 +144,20 @@ def logits_of_one_rank(model: ModelConfig, weights: WeightFormat) -> list[Tensor
     return [answer for answer in answers if answer is not None]
 
 
+over_flags = pytest.mark.parametrize("model", [SMOLLM2, FLAGGED], ids=["plain", "flagged"])
+
+
+@over_flags
 @pytest.mark.parametrize("weights", [INT8, FLOATS], ids=["int8", "floats"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_tensor_parallel_ranks_give_the_logits_of_one(ranks: int, weights: WeightFormat) -> None:
+def test_tensor_parallel_ranks_give_the_logits_of_one(
+    ranks: int, weights: WeightFormat, model: ModelConfig
+) -> None:
     parallel = ParallelConfig(ranks)
-    widths = [len(parallel.vocabulary(SMOLLM2, rank)) for rank in range(ranks)]
+    widths = [len(parallel.vocabulary(model, rank)) for rank in range(ranks)]
     assert len(set(widths)) > 1
-    expected = logits_of_one_rank(SMOLLM2, weights)
-    for answers in logits_of_ranks(SMOLLM2, weights, parallel):
+    expected = logits_of_one_rank(model, weights)
+    for answers in logits_of_ranks(model, weights, parallel):
         for answer, logits in zip(answers, expected, strict=True):
             assert float((answer - logits).abs().max()) < 1e-5
             assert float(logits.std()) > 0.1, "the test model says something"
@@ -176,17 +183,29 @@ def test_tensor_ranks_in_pipeline_stages_give_the_logits_of_one() -> None:
             assert float((answer - logits).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "change", [{"qkv_bias": True}, {"qk_norm": True}, {"sliding_window": 13}], ids=str
+)
+def test_every_flag_changes_the_logits(change: dict[str, Any]) -> None:
+    plain = logits_of_one_rank(SMOLLM2, FLOATS)[0]
+    flagged = logits_of_one_rank(dataclasses.replace(SMOLLM2, **change), FLOATS)[0]
+    assert float((plain - flagged).abs().max()) > 1e-2
+
+
+@over_flags
 @pytest.mark.parametrize("parallel", [ParallelConfig(1), ParallelConfig(4, 2)], ids=str)
 @pytest.mark.parametrize("weights", [INT8, FLOATS, WeightFormat("int8", 32)], ids=str)
 def test_a_rank_holds_the_bytes_that_were_planned(
-    parallel: ParallelConfig, weights: WeightFormat
+    parallel: ParallelConfig, weights: WeightFormat, model: ModelConfig
 ) -> None:
     group = ThreadGroup(4, 2)
     for tp_rank in range(parallel.tensor_parallel_size):
         for stage in range(parallel.pipeline_parallel_size):
             mesh = Mesh(Rank(parallel, tp_rank, stage), group.rank(tp_rank, stage))
-            runner = RankRunner(SMOLLM2, weights, mesh)
-            sizes = {name: t.nbytes for name, t in runner.decoder.tensors().items()}
+            runner = RankRunner(model, weights, mesh)
+            sizes = {
+                name: t.untyped_storage().nbytes() for name, t in runner.decoder.tensors().items()
+            }
             scales = sum(size for name, size in sizes.items() if name.endswith(".scales"))
             assert scales == runner.plan.scale_bytes
             assert sum(sizes.values()) - scales == runner.plan.weight_bytes
@@ -196,7 +215,7 @@ def test_a_rank_holds_the_bytes_that_were_planned(
 def test_logits_have_the_same_bits_at_any_chunking_and_in_any_company(
     dtype: Literal["float32", "bfloat16"],
 ) -> None:
-    model = dataclasses.replace(SMOLLM2, num_layers=2)
+    model = dataclasses.replace(FLAGGED, num_layers=2)
     weights = WeightFormat("int8", dtype=dtype)
     whole = RankRunner(model, weights, Mesh.single()).step((1, 0, IDS))
     assert whole is not None

@@ -1,4 +1,4 @@
-"""Layers that cut their own shard from a checkpoint: matrices, norms, the token table.
+"""Layers that cut their own shard from a checkpoint: matrices, norms, biases, the token table.
 
 Each loads what its rank holds, quantising tensor by tensor; at any time the result and at most
 two float tensors are in memory. No forward pass lives here: the decoder calls the ops.
@@ -13,7 +13,7 @@ from torch import Tensor
 from roofline.budget import GATE_UP, QKV, LayerPlan, MatrixPlan, Rank, layer_tensor
 from roofline.config import ModelConfig
 from roofline.models.checkpoints import Checkpoint
-from roofline.models.checkpoints.reading import float_norm, int8_rows
+from roofline.models.checkpoints.reading import float_vector, int8_rows
 from roofline.ops import FloatWeight, Int8Weight, Weight
 from roofline.quantization.int8_groups import cut_columns
 
@@ -27,10 +27,11 @@ class Source:
     checkpoint: Checkpoint
     progress: Progress
 
-    def norm(self, name: str) -> Tensor:
-        """An RMSNorm weight [H], float32."""
+    def vector(self, name: str, rows: range | None = None) -> Tensor:
+        """An RMSNorm weight or some rows of a bias, [n] float32."""
         self.progress(name)
-        return float_norm(self.checkpoint, name)
+        picked = slice(None) if rows is None else slice(rows.start, rows.stop)
+        return float_vector(self.checkpoint, name, picked)
 
     def fill(self, name: str, rows: range, columns: range, out: Weight) -> None:
         """Load the rank's rows and columns of a matrix into `out`, in the format of that."""
@@ -64,6 +65,12 @@ class LayerWeights:
     ffn_norm: Tensor  # [H] float32
     gate_up: Weight  # [2 F, H], column parallel: channels
     down: Weight  # [H, F], row parallel
+    qkv_bias: Tensor | None  # [(Hq + 2 Hkv) D] float32, cut like qkv
+    q_norm: Tensor | None  # [D] float32, the same for every head
+    k_norm: Tensor | None  # [D] float32
+
+
+VECTORS = ("attention_norm", "ffn_norm", "qkv_bias", "q_norm", "k_norm")  # of LayerWeights
 
 
 def load_layer(
@@ -75,6 +82,7 @@ def load_layer(
     queries = range(query.start * dim, query.stop * dim)
     keys = range(kv.start * dim, kv.stop * dim)
     channels = parallel.ffn_channels(model, tp)
+    qkv = list(zip(QKV, (queries, keys, keys), strict=True))
 
     def column_parallel(matrix: MatrixPlan, pieces: Sequence[tuple[str, range]]) -> Weight:
         """Matrices one above the other, each cut by rows."""
@@ -91,13 +99,25 @@ def load_layer(
         source.fill(layer_tensor(layer, piece), range(matrix.rows), columns, weight)
         return weight
 
+    def bias(pieces: Sequence[tuple[str, range]]) -> Tensor:
+        """The biases of a column-parallel matrix, cut like it."""
+        parts = [source.vector(layer_tensor(layer, name, "bias"), rows) for name, rows in pieces]
+        return torch.cat(parts)
+
+    def vector(name: str) -> Tensor:
+        """A norm's weight, whole on every rank."""
+        return source.vector(layer_tensor(layer, name))
+
     return LayerWeights(
-        attention_norm=source.norm(layer_tensor(layer, "input_layernorm")),
-        qkv=column_parallel(plan.qkv, list(zip(QKV, (queries, keys, keys), strict=True))),
+        attention_norm=vector("input_layernorm"),
+        qkv=column_parallel(plan.qkv, qkv),
         output=row_parallel(plan.output, "self_attn.o_proj", queries),
-        ffn_norm=source.norm(layer_tensor(layer, "post_attention_layernorm")),
+        ffn_norm=vector("post_attention_layernorm"),
         gate_up=column_parallel(plan.gate_up, [(piece, channels) for piece in GATE_UP]),
         down=row_parallel(plan.down, "mlp.down_proj", channels),
+        qkv_bias=bias(qkv) if model.qkv_bias else None,
+        q_norm=vector("self_attn.q_norm") if model.qk_norm else None,
+        k_norm=vector("self_attn.k_norm") if model.qk_norm else None,
     )
 
 

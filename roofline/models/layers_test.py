@@ -1,3 +1,4 @@
+import dataclasses
 import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -190,6 +191,23 @@ def test_ranks_that_share_a_kv_head_hold_the_same_keys_and_values() -> None:
     assert torch.equal(torch.cat(queries), floats(whole.qkv)[: CONFIG.query_size])
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_biases_are_cut_like_the_rows_they_are_added_to(count: int) -> None:
+    model = dataclasses.replace(CONFIG, qkv_bias=True, qk_norm=True)
+    source, floats32 = Source(DummyCheckpoint(model, 1), silent), WeightFormat("none", "auto")
+    shards: list[list[Tensor]] = []
+    for rank in ranks_of(count):
+        plan = plan_model(model, floats32, rank, {})
+        layer = load_layer(source, model, rank, plan.layers[1], 1)
+        assert layer.qkv_bias is not None and layer.q_norm is not None
+        assert len(layer.qkv_bias) == layer.qkv.rows and layer.q_norm.shape == (20,)
+        own = [share_of(rank, "qkv", piece) for piece in range(3)]
+        shards.append(list(layer.qkv_bias.split(own)))
+    whole = [torch.from_numpy(source.checkpoint.read(layer_tensor(1, p, "bias"))) for p in QKV]
+    for pieces, bias in zip(zip(*shards, strict=True), whole, strict=True):
+        assert torch.equal(torch.cat(pieces), bias)
+
+
 @pytest.mark.parametrize("count", RANKS)
 def test_tables_one_above_the_other_are_the_whole(
     weights: WeightFormat, checkpoint: Checkpoint, count: int
@@ -232,7 +250,7 @@ def test_progress_hears_of_every_tensor_once() -> None:
     for table in (plan.embedding, plan.head):
         assert table is not None
         load_table(source, CONFIG, Rank(), table)
-    source.norm("model.norm.weight")
+    source.vector("model.norm.weight")
     assert sorted(heard) == sorted(tensor_shapes(CONFIG))
     assert {EMBEDDING, HEAD} < set(heard)
 
@@ -266,7 +284,7 @@ def test_weight_that_is_no_number_is_named(name: str) -> None:
     source = Source(Spoilt(), silent)
     with pytest.raises(CheckpointError, match=f"tensor '{name}' holds NaN"):
         if name.endswith("norm.weight"):
-            source.norm(name)
+            source.vector(name)
         else:
             rows, columns = tensor_shapes(CONFIG)[name]
             plan = plan_model(CONFIG, WeightFormat(), Rank(), {}).layers[1].down

@@ -73,13 +73,20 @@ class Ops(abc.ABC):
         norm: Tensor,  # [H] float32
         eps: float,
         qkv: Weight,  # [(Hq + 2 Hkv) D, H]
+        bias: Tensor | None,  # [(Hq + 2 Hkv) D] float32, of queries, keys and values
+        q_norm: Tensor | None,  # [D] float32, of every query head
+        k_norm: Tensor | None,  # [D] float32, of every key head
         rope: Tensor,  # [2, max_model_len, D / 2] float32: cosines, sines
         inputs: StepInputs,
         kv_pool: Tensor,  # [layers, 2, blocks, Hkv, block_tokens, D] activation dtype
         layer: int,
         out: Tensor,  # [T, Hq, D] activation dtype: rotated queries
     ) -> None:
-        """RMSNorm, QKV projection, half-split RoPE, and the write of K and V to their slots."""
+        """RMSNorm, QKV projection, half-split RoPE, and the write of K and V to their slots.
+
+        The bias, then RMSNorm of each head with the same eps, come before RoPE where a model has
+        them. All is float32 from the projection's sums to the writes.
+        """
 
     @abc.abstractmethod
     def attention(

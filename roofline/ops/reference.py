@@ -38,6 +38,9 @@ class ReferenceOps(Ops):
         norm: Tensor,
         eps: float,
         qkv: Weight,
+        bias: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
         rope: Tensor,
         inputs: StepInputs,
         kv_pool: Tensor,
@@ -50,8 +53,16 @@ class ReferenceOps(Ops):
         tokens, heads, dim = out.shape
         kv_heads = kv_pool.shape[3]
         x = rms_norm(residual, norm, eps).to(self.dtype)
-        mixed = multiply(x, qkv, self.scratch).view(tokens, heads + 2 * kv_heads, dim)
+        mixed = multiply(x, qkv, self.scratch)
+        if bias is not None:
+            mixed += bias
+        mixed = mixed.view(tokens, heads + 2 * kv_heads, dim)
         query, key, value = mixed.split([heads, kv_heads, kv_heads], dim=1)
+        # Contiguous, as the layout of `mixed` depends on the tiles and the order of sums on it.
+        if q_norm is not None:
+            query = rms_norm(query.contiguous(), q_norm, eps)
+        if k_norm is not None:
+            key = rms_norm(key.contiguous(), k_norm, eps)
         cosines, sines = rope[:, inputs.positions].unsqueeze(2)  # [T, 1, D / 2]
         out.copy_(rotate(query, cosines, sines))
         block_tokens = kv_pool.shape[4]
@@ -115,7 +126,7 @@ class ReferenceOps(Ops):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, H] over its root mean square, times weight [H] (Zhang and Sennrich 2019), float32."""
+    """x [..., H] over its root mean square, times weight [H] (Zhang and Sennrich 2019), float32."""
     mean_square = x.pow(2).mean(dim=-1, keepdim=True)
     return x / torch.sqrt(mean_square + eps) * weight
 

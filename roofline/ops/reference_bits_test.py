@@ -132,12 +132,15 @@ def test_norm_head(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @over_dtypes
-def test_norm_qkv_rope_store(shape: Shape, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("flagged", [False, True], ids=["plain", "bias-and-head-norms"])
+def test_norm_qkv_rope_store(shape: Shape, flagged: bool, dtype: torch.dtype) -> None:
     residual, delta = torch.randn(2, TOKENS, shape.hidden)
     norm, positions = torch.rand(shape.hidden) + 1, torch.randint(0, 50, (TOKENS,))
     rope = torch.randn(2, 50, shape.head_dim // 2)
     unused = torch.zeros(1, dtype=torch.int32)
     channels = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    bias = torch.randn(channels) if flagged else None
+    q_norm, k_norm = torch.rand(2, shape.head_dim) + 1 if flagged else (None, None)
     for weight in weights(channels, shape.hidden, dtype):
 
         def run(picked: Tensor, weight: Weight = weight) -> Tensor:
@@ -147,8 +150,9 @@ def test_norm_qkv_rope_store(shape: Shape, dtype: torch.dtype) -> None:
             inputs = StepInputs(picked, positions[picked], slots, unused, unused, unused)
             out = torch.full((count, shape.heads, shape.head_dim), torch.nan, dtype=dtype)
             reference(dtype).norm_qkv_rope_store(
-                residual[picked], delta[picked], norm, 1e-5, weight, rope, inputs, pool, 0, out
-            )
+                residual[picked], delta[picked], norm, 1e-5, weight, bias, q_norm, k_norm,
+                rope, inputs, pool, 0, out,
+            )  # fmt: skip
             written = pool[0].permute(1, 3, 0, 2, 4).flatten(0, 1)[slots]
             return torch.cat((out.flatten(1), written.flatten(1)), dim=1)
 

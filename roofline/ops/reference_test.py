@@ -97,12 +97,19 @@ def test_embed_is_zero_where_another_rank_has_the_token(dtype: torch.dtype) -> N
 
 
 @over_dtypes
+@pytest.mark.parametrize(("biased", "normed"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_tokens"),
     [(9, 3, 64, 16), (2, 2, 80, 7), (4, 1, 128, 64), (8, 1, 2, 1)],
 )
 def test_norm_qkv_rope_store(
-    heads: int, kv_heads: int, dim: int, block_tokens: int, dtype: torch.dtype
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_tokens: int,
+    biased: bool,
+    normed: bool,
+    dtype: torch.dtype,
 ) -> None:
     tokens, hidden, context = 19, 96, 300
     residual, delta = torch.randn(2, tokens, hidden)
@@ -112,17 +119,24 @@ def test_norm_qkv_rope_store(
     slots = torch.randperm(blocks * block_tokens)[:tokens]
     pool = torch.full((2, 2, blocks, kv_heads, block_tokens, dim), 7.0, dtype=dtype)
     weight = int8_weight((heads + 2 * kv_heads) * dim, hidden, 64)
+    bias = torch.randn((heads + 2 * kv_heads) * dim) if biased else None
+    q_norm, k_norm = torch.rand(2, dim) + 0.5 if normed else (None, None)
     changed, out = residual.clone(), torch.full((tokens, heads, dim), torch.nan, dtype=dtype)
     unused = torch.zeros(1, dtype=torch.int32)
     inputs = StepInputs(positions, positions, slots, unused, unused, unused)
     reference(dtype).norm_qkv_rope_store(
-        changed, delta, norm, 1e-5, weight, torch.stack((angles.cos(), angles.sin())),
-        inputs, pool, 1, out,
+        changed, delta, norm, 1e-5, weight, bias, q_norm, k_norm,
+        torch.stack((angles.cos(), angles.sin())), inputs, pool, 1, out,
     )  # fmt: skip
 
     summed = residual.double().numpy() + delta.double().numpy()
     mixed = exact_norm(summed, norm, 1e-5, dtype) @ exact(weight).T
+    mixed += 0 if bias is None else bias.double().numpy()
     mixed = mixed.reshape(tokens, heads + 2 * kv_heads, dim)
+    for token in mixed:
+        for q_or_k, own in ((token[:heads], q_norm), (token[heads : heads + kv_heads], k_norm)):
+            if own is not None:
+                q_or_k[:] = exact_norm(q_or_k, own, 1e-5, torch.float64)
     turns = np.exp(1j * angles.double().numpy())[positions.numpy(), None]
     pairs = (mixed[..., : dim // 2] + 1j * mixed[..., dim // 2 :]) * turns
     turned = np.concatenate((pairs.real, pairs.imag), axis=2)
@@ -142,8 +156,8 @@ def test_the_first_layer_has_no_delta() -> None:
     inputs = StepInputs(unused, unused, torch.arange(3), unused, unused, unused)
     kept = residual.clone()
     reference(torch.float32).norm_qkv_rope_store(
-        residual, None, torch.ones(8), 1e-5, int8_weight(6, 8, 32), torch.ones(2, 1, 1),
-        inputs, torch.zeros(1, 2, 3, 1, 1, 2), 0, torch.zeros(3, 1, 2),
+        residual, None, torch.ones(8), 1e-5, int8_weight(6, 8, 32), None, None, None,
+        torch.ones(2, 1, 1), inputs, torch.zeros(1, 2, 3, 1, 1, 2), 0, torch.zeros(3, 1, 2),
     )  # fmt: skip
     assert torch.equal(residual, kept)
 

@@ -25,7 +25,7 @@ class Checkpoint(Protocol):
         """Group size of each tensor that is group-wise INT8 in the file."""
 
     def read(self, name: str) -> Any:
-        """The tensor as floats: [N, K], or [H] for a norm."""
+        """The tensor as floats: [N, K], or [n] for a norm or a bias."""
 
     def read_int8(self, name: str) -> tuple[Any, Any]:
         """Values [N, K] int8 and scales [N, groups] float32 of a tensor in `native_groups`."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roofline.config import DEFAULT_GROUP_SIZE, ModelConfig
-from roofline.models.checkpoints.tensors import matrix_shapes, norm_names
+from roofline.models.checkpoints.tensors import matrix_shapes, vector_shapes
 
 _SPREAD = 127 / 3**0.5  # standard deviation of a uniform value in [-127, 127]
 
@@ -19,13 +19,16 @@ class DummyCheckpoint:
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config, self._seed = config, seed
-        self._matrices, self._norms = matrix_shapes(config), frozenset(norm_names(config))
+        self._matrices, self._vectors = matrix_shapes(config), vector_shapes(config)
         self.native_groups = dict.fromkeys(self._matrices, DEFAULT_GROUP_SIZE)
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """Floats: ones for a norm [H], the dequantised values for a matrix [N, K]."""
-        if name in self._norms:
-            return np.ones(self.config.hidden_size, np.float32)
+        """Floats: ones for a norm, small numbers for a bias, the dequantised values of a matrix."""
+        if name in self._vectors:
+            (size,) = self._vectors[name]
+            if name.endswith(".bias"):
+                return self._random(name).uniform(-0.5, 0.5, size).astype(np.float32)
+            return np.ones(size, np.float32)
         values, scales = self.read_int8(name)
         floats = values.astype(np.float32)
         for group in range(scales.shape[1]):
@@ -36,8 +39,7 @@ class DummyCheckpoint:
     def read_int8(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """Uniform values [N, K] in [-127, 127], and scales that keep activations near 1."""
         rows, columns = self._matrices[name]
-        key = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
-        random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
+        random = self._random(name)
         words = random.integers(0, 1 << 64, size=-(-rows * columns // 8), dtype=np.uint64)
         values = words.view(np.int8)[: rows * columns].reshape(rows, columns)
         np.maximum(values, -127, out=values)
@@ -47,3 +49,7 @@ class DummyCheckpoint:
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def _random(self, name: str) -> np.random.Generator:
+        key = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
+        return np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,14 @@ def test_weights_keep_activations_near_one(name: str) -> None:
 
 def test_norms_are_ones() -> None:
     assert (DummyCheckpoint(SMALL, 0).read(NORM) == 1).all()
+
+
+def test_biases_are_small_and_differ() -> None:
+    checkpoint = DummyCheckpoint(dataclasses.replace(SMALL, qkv_bias=True, qk_norm=True), 0)
+    query, key = (checkpoint.read(f"model.layers.0.self_attn.{x}_proj.bias") for x in "qk")
+    assert (query.shape, key.shape, query.dtype) == ((200,), (100,), np.float32)
+    assert 0.1 < query.std() < 0.5 and not np.array_equal(query[:100], key)
+    assert (checkpoint.read("model.layers.1.self_attn.k_norm.weight") == np.ones(50)).all()
 
 
 def test_tensors_depend_on_seed_and_name_and_nothing_else() -> None:

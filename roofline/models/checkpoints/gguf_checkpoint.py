@@ -1,4 +1,4 @@
-"""A llama GGUF file as a checkpoint: its config, and its tensors by canonical name.
+"""A GGUF file as a checkpoint: its config, and its tensors by canonical name.
 
 What llama.cpp renames and reorders when it converts a model is undone here. No parsing of bytes
 (that is `gguf` and `gguf_dequantize`) and no tokenizer rules.
@@ -8,17 +8,19 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from roofline.budget import layer_tensor
-from roofline.config import ARCHITECTURES, ModelConfig, RopeScaling
+from roofline.budget import QKV
+from roofline.config import ModelConfig, RopeScaling
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
-from roofline.models.checkpoints.gguf import GGUFFile, Value, described, quoted
+from roofline.models.checkpoints.gguf import GGUFFile, Kind, Value, described, quoted
 from roofline.models.checkpoints.gguf_dequantize import Q8_0_GROUP_SIZE, dequantize, q8_0_groups
+from roofline.models.checkpoints.tensors import tensor_shapes
+from roofline.models.families import FAMILIES, gguf_architectures, gguf_family
 
 
 class GGUFCheckpoint:
@@ -42,11 +44,11 @@ class GGUFCheckpoint:
         return self._gguf.metadata
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return every tensor's shape by canonical name: [N, K], or [H] for a norm."""
+        """Return every tensor's shape by canonical name: [N, K], or [n] for a norm or a bias."""
         return {name: source.shape for name, source in self._sources.items()}
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """Return a tensor as float32 [N, K] or [H], in memory of its own."""
+        """Return a tensor as float32 [N, K] or [n], in memory of its own."""
         source = self._sources[name]
         info = self._gguf.tensors[source.gguf_name]
         values = dequantize(self._gguf.raw(info.name), info.type, math.prod(info.shape))
@@ -69,33 +71,38 @@ class GGUFCheckpoint:
 
 def read_config(file: GGUFFile) -> ModelConfig:
     """Return the model's config; what would change its answers unseen is refused by name."""
-    architecture = file.require("general.architecture", str)
-    if architecture not in ARCHITECTURES:
+    keys = _Keys(file)
+    _refuse_what_is_not_done(keys)
+    heads = keys.require("attention.head_count", int)
+    kv_heads = keys.get("attention.head_count_kv", int)
+    head_dim = _head_dim(keys, heads)
+    theta = keys.get("rope.freq_base", float)
+    window = keys.get("attention.sliding_window", int) or None  # 0 is none
+    family = gguf_family(keys.architecture, windowed=window is not None)
+    if family is None:
         raise UnsupportedError(
-            f"{file.path}: architecture {quoted(architecture)} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+            f"{file.path}: {keys.full('attention.sliding_window')} {window} is not supported; "
+            "supported: 0, or no such key"
         )
-    _refuse_what_is_not_done(file)
-    heads = file.require("llama.attention.head_count", int)
-    kv_heads = file.get("llama.attention.head_count_kv", int)
-    head_dim = _head_dim(file, heads)
-    theta = file.get("llama.rope.freq_base", float)
     build = functools.partial(
         ModelConfig,
-        hidden_size=file.require("llama.embedding_length", int),
-        intermediate_size=file.require("llama.feed_forward_length", int),
-        num_layers=file.require("llama.block_count", int),
+        hidden_size=keys.require("embedding_length", int),
+        intermediate_size=keys.require("feed_forward_length", int),
+        num_layers=keys.require("block_count", int),
         num_heads=heads,
         num_kv_heads=heads if kv_heads is None else kv_heads,
         head_dim=head_dim,
-        vocab_size=_vocab_size(file),
-        max_position=file.require("llama.context_length", int),
-        rms_norm_eps=file.require("llama.attention.layer_norm_rms_epsilon", float),
+        vocab_size=_vocab_size(keys),
+        max_position=keys.require("context_length", int),
+        rms_norm_eps=keys.require("attention.layer_norm_rms_epsilon", float),
         rope_theta=_DEFAULT_ROPE_THETA if theta is None else theta,
         tie_word_embeddings=_HEAD not in file.tensors,
-        rope_scaling=_rope_scaling(file),
+        rope_scaling=_rope_scaling(keys),
         rope_factors=_rope_factors(file, head_dim),
-        architecture=architecture,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        sliding_window=window,
+        architecture=family.model_type,
         bos_token_id=file.get("tokenizer.ggml.bos_token_id", int),
         eos_token_ids=_eos_token_ids(file),
     )
@@ -105,42 +112,69 @@ def read_config(file: GGUFFile) -> ModelConfig:
         raise type(error)(f"{file.path}: {error.message}") from None
 
 
-def _refuse_what_is_not_done(file: GGUFFile) -> None:
-    for key, neutral in _NEUTRAL.items():
-        value = file.metadata.get(key)
+class _Keys:
+    """The metadata under the architecture's own name, `llama.` or `qwen2.`."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file, self.architecture = file, file.require("general.architecture", str)
+        if self.architecture not in gguf_architectures():
+            raise UnsupportedError(
+                f"{file.path}: architecture {quoted(self.architecture)} is not supported; "
+                f"supported: {', '.join(gguf_architectures())}"
+            )
+
+    def full(self, name: str) -> str:
+        """The whole key."""
+        return f"{self.architecture}.{name}"
+
+    def get(self, name: str, kind: type[Kind]) -> Kind | None:
+        """The value of a key, None where it is absent."""
+        return self.file.get(self.full(name), kind)
+
+    def require(self, name: str, kind: type[Kind]) -> Kind:
+        """The value of a key that must be there."""
+        return self.file.require(self.full(name), kind)
+
+
+def _refuse_what_is_not_done(keys: _Keys) -> None:
+    own = {keys.full(name): neutral for name, neutral in _NEUTRAL.items()}
+    for key, neutral in (_NEUTRAL_OF_FILE | own).items():
+        value = keys.file.metadata.get(key)
         scalar = isinstance(value, bool | int | float | str)
         if value is not None and not (scalar and value in neutral):
             raise UnsupportedError(
-                f"{file.path}: {key} is {described(value)}, which is not supported; "
+                f"{keys.file.path}: {key} is {described(value)}, which is not supported; "
                 f"supported: {neutral[0]}, or no such key"
             )
 
 
-def _head_dim(file: GGUFFile, heads: int) -> int:
-    head_dim = file.get("llama.attention.key_length", int)
+def _head_dim(keys: _Keys, heads: int) -> int:
+    head_dim = keys.get("attention.key_length", int)
     if head_dim is None:
-        hidden = file.require("llama.embedding_length", int)
+        hidden = keys.require("embedding_length", int)
         if min(hidden, heads) < 1 or hidden % heads:
             raise CheckpointError(
-                f"{file.path}: llama.embedding_length {hidden} is no positive multiple of "
-                f"llama.attention.head_count {heads}, and llama.attention.key_length is missing"
+                f"{keys.file.path}: {keys.full('embedding_length')} {hidden} is no positive "
+                f"multiple of {keys.full('attention.head_count')} {heads}, "
+                f"and {keys.full('attention.key_length')} is missing"
             )
         head_dim = hidden // heads
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        size = file.get(key, int)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        size = keys.get(name, int)
         if size is not None and size != head_dim:
             raise UnsupportedError(
-                f"{file.path}: {key} {size} is not supported; supported: the head size, {head_dim}"
+                f"{keys.file.path}: {keys.full(name)} {size} is not supported; "
+                f"supported: the head size, {head_dim}"
             )
     return head_dim
 
 
-def _vocab_size(file: GGUFFile) -> int:
-    stated = file.get("llama.vocab_size", int)
+def _vocab_size(keys: _Keys) -> int:
+    file, stated = keys.file, keys.get("vocab_size", int)
     tokens = file.get("tokenizer.ggml.tokens", list)
     if stated is not None and tokens is not None and stated != len(tokens):
         raise CheckpointError(
-            f"{file.path}: llama.vocab_size is {stated}, "
+            f"{file.path}: {keys.full('vocab_size')} is {stated}, "
             f"but tokenizer.ggml.tokens has {len(tokens)} entries"
         )
     if stated is not None:
@@ -153,17 +187,17 @@ def _vocab_size(file: GGUFFile) -> int:
     return embedding.shape[0]
 
 
-def _rope_scaling(file: GGUFFile) -> RopeScaling | None:
+def _rope_scaling(keys: _Keys) -> RopeScaling | None:
     """Return linear scaling or none; a factor without a type is linear, as in llama.cpp."""
-    kind = file.get("llama.rope.scaling.type", str) or "linear"
+    kind = keys.get("rope.scaling.type", str) or "linear"
     if kind not in ("none", "linear"):
         raise UnsupportedError(
-            f"{file.path}: llama.rope.scaling.type {quoted(kind)} is not supported; "
+            f"{keys.file.path}: {keys.full('rope.scaling.type')} {quoted(kind)} is not supported; "
             "supported: none, linear, and llama3 as a rope_freqs.weight tensor"
         )
-    factor = file.get("llama.rope.scaling.factor", float)
+    factor = keys.get("rope.scaling.factor", float)
     if factor is None:
-        factor = file.get("llama.rope.scale_linear", float)
+        factor = keys.get("rope.scale_linear", float)
     if kind == "none" or factor is None or factor in (0.0, 1.0):
         return None
     return RopeScaling("linear", factor)
@@ -206,29 +240,17 @@ class _Source:
 
 def _sources(config: ModelConfig) -> dict[str, _Source]:
     """Return every tensor the config calls for, by canonical name."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    query, kv, table = config.query_size, config.kv_size, (config.vocab_size, hidden)
-    sources = {
-        "model.embed_tokens.weight": _Source(_EMBEDDING, table),
-        "model.norm.weight": _Source("output_norm.weight", (hidden,)),
-    }
-    if not config.tie_word_embeddings:
-        sources["lm_head.weight"] = _Source(_HEAD, table)
-    layer = {
-        "input_layernorm": _Source("attn_norm", (hidden,)),
-        "self_attn.q_proj": _Source("attn_q", (query, hidden), config.num_heads),
-        "self_attn.k_proj": _Source("attn_k", (kv, hidden), config.num_kv_heads),
-        "self_attn.v_proj": _Source("attn_v", (kv, hidden)),
-        "self_attn.o_proj": _Source("attn_output", (hidden, query)),
-        "post_attention_layernorm": _Source("ffn_norm", (hidden,)),
-        "mlp.gate_proj": _Source("ffn_gate", (ffn, hidden)),
-        "mlp.up_proj": _Source("ffn_up", (ffn, hidden)),
-        "mlp.down_proj": _Source("ffn_down", (hidden, ffn)),
-    }
-    for i in range(config.num_layers):
-        for name, source in layer.items():
-            gguf_name = f"blk.{i}.{source.gguf_name}.weight"
-            sources[layer_tensor(i, name)] = replace(source, gguf_name=gguf_name)
+    interleaved = FAMILIES[config.architecture].gguf_rotary == "interleaved"
+    heads = dict(zip(QKV, (config.num_heads, config.num_kv_heads, 0), strict=True))
+    sources: dict[str, _Source] = {}
+    for name, shape in tensor_shapes(config).items():
+        if name in _OUTER:
+            sources[name] = _Source(_OUTER[name], shape)
+            continue
+        _, _, layer, piece = name.split(".", 3)  # model.layers.<layer>.<piece>.<kind>
+        piece, kind = piece.rsplit(".", 1)
+        gguf_name = f"blk.{layer}.{_PIECES[piece]}.{kind}"
+        sources[name] = _Source(gguf_name, shape, heads.get(piece, 0) if interleaved else 0)
     return sources
 
 
@@ -242,7 +264,7 @@ def _check_tensors(file: GGUFFile, sources: Mapping[str, _Source]) -> None:
     biases = [name for name in extra if name.endswith(".bias")]
     if biases:
         raise UnsupportedError(
-            f"{file.path}: {_listed(biases)} not supported; supported: linear layers without bias"
+            f"{file.path}: {_listed(biases)} not supported; supported: {_BIASES}"
         )
     if extra:
         raise CheckpointError(f"{file.path}: {_listed(extra)} no part of the model it describes")
@@ -270,20 +292,39 @@ def _listed(names: list[str]) -> str:
 _DEFAULT_ROPE_THETA = 10000.0
 _EMBEDDING, _HEAD, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
-# Keys that change the answer when they hold anything else.
+_OUTER = {
+    "model.embed_tokens.weight": _EMBEDDING,
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": _HEAD,
+}
+_PIECES = {  # of a layer
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_BIASES = "linear layers without bias, and Qwen2's of Q, K and V"
+
+# Keys that change the answer when they hold anything else: the file's, and the architecture's.
+_NEUTRAL_OF_FILE: dict[str, tuple[Value, ...]] = {"general.type": ("model",), "split.count": (1, 0)}
 _NEUTRAL: dict[str, tuple[Value, ...]] = {
-    "general.type": ("model",),
-    "split.count": (1, 0),
-    "llama.expert_count": (0,),
-    "llama.attention.causal": (True,),
-    "llama.attention.sliding_window": (0,),
-    "llama.attention.scale": (0.0,),
-    "llama.attention.clamp_kqv": (0.0,),
-    "llama.attention.max_alibi_bias": (0.0,),
-    "llama.attn_logit_softcapping": (0.0,),
-    "llama.final_logit_softcapping": (0.0,),
-    "llama.embedding_scale": (1.0, 0.0),
-    "llama.residual_scale": (1.0, 0.0),
-    "llama.logit_scale": (1.0, 0.0),
-    "llama.rope.scaling.attn_factor": (1.0,),
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.sliding_window_pattern": (0,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (1.0, 0.0),
+    "residual_scale": (1.0, 0.0),
+    "logit_scale": (1.0, 0.0),
+    "rope.scaling.attn_factor": (1.0,),
 }

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from roofline.config import RopeScaling
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.gguf_checkpoint import GGUFCheckpoint
+from roofline.models.families import FAMILIES
 
 Array = NDArray[np.float32]
 Metadata = dict[str, object]
@@ -141,6 +142,22 @@ def test_every_eos_id_the_file_names_is_kept_once(tmp_path: Path) -> None:
         keys[f"tokenizer.ggml.{name}_token_id"] = token
     config = GGUFCheckpoint(save(tmp_path, keys, tensors())).config
     assert (config.bos_token_id, config.eos_token_ids) == (1, (7, 9))
+
+
+def test_a_llama_file_with_a_window_is_a_mistral(tmp_path: Path) -> None:
+    for window, found in ((4096, ("mistral", 4096)), (0, ("llama", None))):
+        keys = metadata(attention__sliding_window=window)
+        config = GGUFCheckpoint(save(tmp_path, keys, tensors())).config
+        assert (config.architecture, config.sliding_window) == found
+
+
+def test_a_window_is_refused_where_the_family_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(FAMILIES, "mistral")
+    path = save(tmp_path, metadata(attention__sliding_window=64), tensors())
+    with pytest.raises(UnsupportedError, match=r"llama\.attention\.sliding_window 64 is not"):
+        GGUFCheckpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +300,14 @@ BAD_METADATA: dict[str, tuple[Metadata, str]] = {
     "adapter": ({"general.type": "adapter"}, "general.type is the string 'adapter'"),
     "split": ({"split.count": 3}, "split.count is the int 3"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count is the int 8, which is not"),
-    "window": ({"llama.attention.sliding_window": 4096}, "llama.attention.sliding_window is"),
+    "experts of Qwen": (
+        {"general.architecture": "qwen3moe"},
+        "architecture 'qwen3moe' is not supported; supported: llama, qwen2, qwen3",
+    ),
+    "window of some layers": (
+        {"llama.attention.sliding_window_pattern": 6},
+        "llama.attention.sliding_window_pattern is the int 6",
+    ),
     "yarn": (
         {"llama.rope.scaling.type": "yarn"},
         "llama.rope.scaling.type 'yarn' is not supported",
@@ -330,7 +354,7 @@ BAD_METADATA: dict[str, tuple[Metadata, str]] = {
         f"but its metadata makes that [{VOCAB + 1}, {HIDDEN}]",
     ),
     "tokens as numbers": ({"tokenizer.ggml.tokens": [1]}, "it must be an array of strings"),
-    "a layer more": ({"llama.block_count": 3}, "tensors 'blk.2.attn_norm.weight', "),
+    "a layer more": ({"llama.block_count": 3}, "tensors 'blk.2.attn_q.weight', "),
     "a layer less": ({"llama.block_count": 1}, "and 6 more are no part of the model"),
 }
 

@@ -7,58 +7,26 @@ import collections
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from roofline.config import (
-    ARCHITECTURES,
-    CHANNEL,
-    GROUP_SIZES,
-    ModelConfig,
-    RopeScaling,
-    WeightFormat,
-)
+from roofline.config import CHANNEL, GROUP_SIZES, ModelConfig, RopeScaling, WeightFormat
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError, shown
+from roofline.models.checkpoints.json_fields import Fields, read_json
 from roofline.models.checkpoints.tensors import matrix_shapes
+from roofline.models.families import FAMILIES, Family
 
-MAX_JSON_BYTES = 8 << 20  # an index of 75,000 tensors; the worst such text is 250 MB parsed
 _MAX_EOS_IDS = 1024
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of sane size; CheckpointError names the file otherwise."""
-    try:
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such file; a safetensors folder needs one")
-        if not path.is_file():  # opening a FIFO would wait for its writer
-            raise CheckpointError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: too large for JSON; the limit is {MAX_JSON_BYTES:,} bytes")
-    return parse_json(text, str(path))
-
-
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object in UTF-8, no key of it twice; CheckpointError says `where` otherwise."""
-    try:
-        found = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where}: holds a JSON {type(found).__name__}, not an object")
-    return found
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
     """The model's shape, and the group size of each tensor that is INT8 on disk."""
     path = folder / "config.json"
-    fields = Fields(read_json(path), str(path))
-    _refuse_what_we_lack(fields)
+    stated = Fields(read_json(path), str(path))
+    family = _family(stated)
+    fields = Fields({**family.defaults, **stated.values}, str(path))
+    _refuse_what_we_lack(fields, family)
     heads, vocab_size = fields.integer("num_attention_heads"), fields.integer("vocab_size")
     theta, scaling, factors = _rope(fields)
     build = functools.partial(
@@ -76,6 +44,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
         rope_scaling=scaling,
         rope_factors=factors,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        sliding_window=_window(fields, family),
+        architecture=family.model_type,
         bos_token_id=fields.optional_integer("bos_token_id"),
         eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
     )
@@ -88,8 +60,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
 
 def write_config(config: ModelConfig, weights: WeightFormat, groups: Mapping[str, int]) -> str:
     """config.json of a checkpoint quantised by us; `groups` are the matrices' actual groups."""
+    family = FAMILIES[config.architecture]
     fields = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [family.transformers_class],
         "model_type": config.architecture,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
@@ -105,92 +78,24 @@ def write_config(config: ModelConfig, weights: WeightFormat, groups: Mapping[str
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
+        **_window_fields(config, family),
         "quantization_config": _quantization_fields(config, weights, groups),
     }
     return json.dumps(fields, indent=2, allow_nan=False) + "\n"
 
 
-class Fields:
-    """Typed access to a JSON object; a wrong type or a missing field names file and field.
-
-    A null counts as absent, as it does for Hugging Face.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-
-    def get(self, name: str) -> Any:
-        """The raw value, None where absent."""
-        return self.values.get(name)
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """An integer."""
-        value = self._present(name, default)
-        if type(value) is not int:
-            raise self.wrong(name, "an integer")
-        return value
-
-    def optional_integer(self, name: str) -> int | None:
-        """An integer, or None where absent."""
-        return None if self.get(name) is None else self.integer(name)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number, as float."""
-        value = self._present(name, default)
-        number = type(value) is int or type(value) is float
-        if not number or not abs(value) <= sys.float_info.max:  # NaN compares false
-            raise self.wrong(name, "a finite number")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        """true or false."""
-        value = self._present(name, default)
-        if not isinstance(value, bool):
-            raise self.wrong(name, "true or false")
-        return value
-
-    def section(self, name: str) -> dict[str, Any]:
-        """The members of an object, none where absent."""
-        value = self._present(name, {})
-        if not isinstance(value, dict):
-            raise self.wrong(name, "an object")
-        return value
-
-    def wrong(self, name: str, wanted: str) -> CheckpointError:
-        """The error of a field that is not what is `wanted`."""
-        return CheckpointError(
-            f"{self.where}: {name} is {shown(self.get(name))}; it must be {wanted}"
-        )
-
-    def unsupported(self, name: str, supported: str) -> UnsupportedError:
-        """The error of a field whose value we do not do."""
-        value = shown(self.get(name))
-        return UnsupportedError(
-            f"{self.where}: {name} {value} is not supported; supported: {supported}"
-        )
-
-    def _present(self, name: str, default: Any) -> Any:
-        value = self.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(f"{self.where}: no field '{name}'")
-        return value
+def _family(fields: Fields) -> Family:
+    named = fields.get("model_type")
+    if not isinstance(named, str) or named not in FAMILIES:
+        raise fields.unsupported("model_type", ", ".join(FAMILIES))
+    return FAMILIES[named]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members; ValueError for a key that comes twice, which readers take apart."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"duplicate key {shown(key)}")
-    return found
-
-
-def _refuse_what_we_lack(fields: Fields) -> None:
+def _refuse_what_we_lack(fields: Fields, family: Family) -> None:
     """Name whatever would change the model's arithmetic and is not implemented."""
-    if fields.get("model_type") not in ARCHITECTURES:
-        raise fields.unsupported("model_type", ", ".join(ARCHITECTURES))
     for name, neutral in _NEUTRAL.items():
+        if name == "attention_bias" and family.qkv_bias:
+            continue  # says what the family has; elsewhere the output projection gets a bias too
         if fields.get(name) is not None and not _same(fields.get(name), neutral):
             raise fields.unsupported(name, f"{json.dumps(neutral)}, or no such field")
 
@@ -207,6 +112,46 @@ def _head_dim(fields: Fields, heads: int) -> int:
             f"num_attention_heads {heads}, and there is no head_dim"
         )
     return hidden // heads
+
+
+def _window(fields: Fields, family: Family) -> int | None:
+    """Tokens a query sees in every layer, None for all; a window in some layers only is refused."""
+    window = fields.optional_integer("sliding_window")
+    if window is not None and family.window == "never":
+        raise fields.unsupported("sliding_window", "null, or no such field")
+    if family.window == "switched" and not _switched_on(fields):
+        window = None
+    kind = "full_attention" if window is None else "sliding_attention"
+    listed, layers = fields.get("layer_types"), fields.integer("num_hidden_layers")
+    if listed is None:
+        return window
+    if not isinstance(listed, list) or len(listed) != layers or any(k != kind for k in listed):
+        raise fields.unsupported("layer_types", f"'{kind}' for each of the {layers} layers")
+    return window
+
+
+def _switched_on(fields: Fields) -> bool:
+    """Whether all layers have Qwen's window; the first `max_window_layers` of them have none."""
+    if not fields.boolean("use_sliding_window", False):
+        return False
+    listed = fields.get("layer_types")
+    if isinstance(listed, list):  # it alone counts, then
+        return "sliding_attention" in listed
+    bare, layers = fields.integer("max_window_layers"), fields.integer("num_hidden_layers")
+    if 0 < bare < layers:
+        raise fields.unsupported("max_window_layers", f"0 (a window in all layers) or {layers}")
+    return bare <= 0
+
+
+def _window_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """What `_window` reads."""
+    if family.window == "never":
+        return {}
+    fields: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if family.window == "switched":
+        used = config.sliding_window is not None
+        fields |= {"use_sliding_window": used, "max_window_layers": 0}
+    return fields
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None, tuple[float, ...] | None]:
@@ -348,5 +293,4 @@ _NEUTRAL: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "sliding_window": None,
 }

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import resource
 import sys
 import time
@@ -9,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from roofline.config import CHANNEL, PRESETS, ModelConfig, RopeScaling, WeightFormat
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
-from roofline.models.checkpoints.hf_config import parse_json, read_config, read_json, write_config
+from roofline.models.checkpoints.hf_config import read_config, write_config
 from roofline.models.checkpoints.tensors import matrix_shapes
+from roofline.models.families import FAMILIES
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -28,6 +29,13 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": 2,
 }
 OURS = {"quant_method": "roofline", "bits": 8, "group_size": 64, "symmetric": True}
+FULL, SLIDING = "full_attention", "sliding_attention"
+QWEN2: dict[str, Any] = {
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 64,
+    "max_window_layers": 0,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -92,6 +100,56 @@ def test_null_fields_count_as_absent(tmp_path: Path) -> None:
     )
     found = config_of(tmp_path, **nulls, attention_bias=None, quantization_config=None)
     assert (found.head_dim, found.num_kv_heads, found.rope_scaling) == (16, 6, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, 64),
+        ({"model_type": "mistral", "sliding_window": 64, "layer_types": [SLIDING] * 2}, 64),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral"}, 4096),
+        ({"layer_types": [FULL, FULL]}, None),
+        (QWEN2, 64),
+        (QWEN2 | {"max_window_layers": 2}, None),
+        (QWEN2 | {"max_window_layers": 28, "layer_types": [SLIDING] * 2}, 64),
+        (QWEN2 | {"layer_types": [FULL] * 2}, None),
+        (QWEN2 | {"use_sliding_window": False, "layer_types": [FULL] * 2}, None),
+        ({"model_type": "qwen2", "sliding_window": 64, "max_window_layers": 1}, None),
+        ({"model_type": "qwen3", "use_sliding_window": True}, None),  # 28 layers without one
+    ],
+)
+def test_sliding_window_is_that_of_all_layers(
+    tmp_path: Path, changes: dict[str, Any], window: int | None
+) -> None:
+    assert config_of(tmp_path, **changes).sliding_window == window
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_makes_of_it(
+    tmp_path: Path, family: str
+) -> None:
+    theirs: Any = AutoConfig.for_model(family, **SHORT)
+    ours = read_config(written(tmp_path, json.dumps(SHORT | {"model_type": family})))[0]
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
+    assert ours.max_position == theirs.max_position_embeddings
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (ours.rms_norm_eps, ours.architecture) == (theirs.rms_norm_eps, family)
+
+
+SHORT = {
+    "hidden_size": 1024,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "vocab_size": 200,
+}
+
+
+def test_a_bias_that_the_family_has_may_be_stated(tmp_path: Path) -> None:
+    assert config_of(tmp_path, model_type="qwen2", attention_bias=True).qkv_bias
 
 
 @pytest.mark.parametrize(
@@ -199,7 +257,17 @@ def test_config_that_cannot_be_is_refused_by_field(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported; supported: llama"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported; supported: llama"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias True is not supported"),
+        (QWEN2 | {"max_window_layers": 1}, "max_window_layers 1 is not supported; supported: 0 "),
+        (QWEN2 | {"layer_types": [FULL, SLIDING]}, f"layer_types ['{FULL}', '{SLIDING}'] is not"),
+        (QWEN2 | {"layer_types": [SLIDING]}, f"supported: '{SLIDING}' for each of the 2 layers"),
+        (QWEN2 | {"layer_types": "x"}, "layer_types 'x' is not supported"),
+        (QWEN2 | {"layer_types": [SLIDING, ["x"]]}, "layer_types ['sliding_attention', ['x']]"),
+        ({"model_type": "mistral", "layer_types": [FULL, FULL]}, "layer_types ['full_attention'"),
+        ({"layer_types": [SLIDING, SLIDING]}, "layer_types ['sliding_attention', 'sliding_"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported; supported: false"),
@@ -254,37 +322,23 @@ def test_missing_config_is_named(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-def test_folder_and_fifo_are_no_json_files(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(CheckpointError, match="not a regular file"):
-            read_json(path)
-
-
-def test_unreadable_json_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    path = written(tmp_path, "{}") / "config.json"
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(CheckpointError, match=r"config.json: cannot be read: Permission denied"):
-        read_json(path)
-
-
-def test_parsed_json_says_where(tmp_path: Path) -> None:
-    assert parse_json(b'{"a": {"b": 1}, "c": {"b": 2}}', "here") == {"a": {"b": 1}, "c": {"b": 2}}
-    with pytest.raises(CheckpointError, match=r"^here: not valid JSON"):
-        parse_json(b"{]", "here")
-
-
 CONFIGS = [
     *PRESETS.values(),
     dataclasses.replace(PRESETS["llama-110m"], rope_scaling=RopeScaling("linear", 2.5)),
     dataclasses.replace(PRESETS["llama-110m"], rope_factors=(1.5, 2.0) * 16),
     dataclasses.replace(
         PRESETS["llama-110m"], head_dim=80, bos_token_id=0, eos_token_ids=(0, 31999)
+    ),
+    *(
+        dataclasses.replace(
+            PRESETS["llama-110m"],
+            architecture=family.model_type,
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            sliding_window=window,
+        )
+        for family in FAMILIES.values()
+        for window in ([None] if family.window == "never" else [None, 77])
     ),
 ]
 

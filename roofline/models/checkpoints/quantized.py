@@ -22,7 +22,7 @@ from roofline.config import ModelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.checkpoints.hf_config import write_config
-from roofline.models.checkpoints.reading import float_norm, int8_rows, tensor_groups
+from roofline.models.checkpoints.reading import float_vector, int8_rows, tensor_groups
 from roofline.models.checkpoints.safetensors_folder import (
     SINGLE,
     StoredTensor,
@@ -30,7 +30,7 @@ from roofline.models.checkpoints.safetensors_folder import (
     scale_tensor,
     stored_tensors,
 )
-from roofline.models.checkpoints.tensors import norm_names
+from roofline.models.checkpoints.tensors import vector_shapes
 from roofline.tokenizer import Tokenizer
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -125,9 +125,9 @@ def _write_tensors(
         refuse_bad_scales(f"tensor '{name}': its scales", weight.scales)
         put(name, weight.values)
         put(scale_tensor(name), weight.scales)
-    for name in norm_names(checkpoint.config):
+    for name in vector_shapes(checkpoint.config):
         progress(name)
-        put(name, float_norm(checkpoint, name))
+        put(name, float_vector(checkpoint, name, slice(None)))
     file.flush()
     os.fsync(file.fileno())  # some disks say only now that they are full
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors become in memory: INT8 groups and float32 norms, one at a time.
+"""What a checkpoint's tensors become in memory: INT8 groups and float32 vectors, one at a time.
 
 The loader and the offline quantiser both read through here, so they get the same bits. No files,
 no shards; it imports only what an engine may.
@@ -38,9 +38,12 @@ def int8_rows(checkpoint: Checkpoint, name: str, group: int, rows: slice) -> Int
     return quantize(torch.as_tensor(checkpoint.read(name))[rows], group, name)
 
 
-def float_norm(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A norm's weight [H], float32, in memory of its own; CheckpointError for NaN or infinity."""
-    weight = torch.as_tensor(checkpoint.read(name)).float().clone()
-    if not weight.isfinite().all():
+def float_vector(checkpoint: Checkpoint, name: str, rows: slice) -> Tensor:
+    """Some of a norm's weight or a bias, [n] float32, in memory of its own.
+
+    CheckpointError for NaN or infinity in them.
+    """
+    vector = torch.as_tensor(checkpoint.read(name))[rows].float().clone()
+    if not vector.isfinite().all():
         raise CheckpointError(f"tensor '{name}' holds NaN or infinity")
-    return weight
+    return vector

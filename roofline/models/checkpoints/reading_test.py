@@ -8,7 +8,7 @@ import torch
 from roofline.config import ModelConfig, WeightFormat
 from roofline.errors import CheckpointError
 from roofline.models.checkpoints.dummy import DummyCheckpoint
-from roofline.models.checkpoints.reading import float_norm, int8_rows, tensor_groups
+from roofline.models.checkpoints.reading import float_vector, int8_rows, tensor_groups
 from roofline.models.checkpoints.tensors import EMBEDDING, HEAD, NORM, matrix_shapes
 from roofline.quantization.int8_groups import quantize
 
@@ -110,13 +110,13 @@ def test_weight_that_is_no_number_is_named(bad: float) -> None:
     with pytest.raises(CheckpointError, match=f"tensor '{DOWN}' holds NaN or infinity"):
         int8_rows(OneTensor(array), DOWN, 64, slice(None))
     with pytest.raises(CheckpointError, match=f"tensor '{NORM}' holds NaN or infinity"):
-        float_norm(OneTensor(array[3]), NORM)
+        float_vector(OneTensor(array[3]), NORM, slice(None))
 
 
 def test_norm_is_float32_in_memory_of_its_own() -> None:
     stored = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
-    norm = float_norm(OneTensor(stored), NORM)
+    norm = float_vector(OneTensor(stored), NORM, slice(None))
     assert norm.dtype == torch.float32 and norm.tolist() == [1.5, -2.0]
     array = np.array([1.0, 2.0], np.float32)
-    float_norm(OneTensor(array), NORM).zero_()
+    float_vector(OneTensor(array), NORM, slice(None)).zero_()
     assert array.tolist() == [1.0, 2.0]

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from roofline.config import ModelConfig
 from roofline.errors import CheckpointError, UnsupportedError
-from roofline.models.checkpoints.hf_config import parse_json, read_config, read_json
+from roofline.models.checkpoints.hf_config import read_config
+from roofline.models.checkpoints.json_fields import parse_json, read_json
 from roofline.models.checkpoints.tensors import HEAD, matrix_shapes, tensor_shapes
 
 FLOATS = ("F32", "F16", "BF16")
@@ -35,7 +36,7 @@ class SafetensorsCheckpoint:
         self._check_tensors()
 
     def read(self, name: str) -> Any:
-        """The tensor as floats, dequantised where it is INT8: torch [N, K] or [H]."""
+        """The tensor as floats, dequantised where it is INT8: torch [N, K] or [n]."""
         if name not in self.native_groups:
             return self._files[name].get_tensor(name)
         values, scales = self.read_int8(name)
@@ -99,7 +100,7 @@ class SafetensorsCheckpoint:
         if name.endswith(".bias"):
             raise UnsupportedError(
                 f"{self._folder}: tensor {name!r} is not supported; "
-                "supported: linear layers without bias"
+                "supported: linear layers without bias, and Qwen2's of Q, K and V"
             )
         raise CheckpointError(
             f"{self._folder}: tensor {name!r} is no part of the model config.json describes"

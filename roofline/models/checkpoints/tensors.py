@@ -1,6 +1,6 @@
 """Which tensors a model has, under Hugging Face's names, and their shapes."""
 
-from roofline.budget import layer_tensor
+from roofline.budget import QKV, layer_tensor
 from roofline.config import ModelConfig
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -26,14 +26,23 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def norm_names(config: ModelConfig) -> list[str]:
-    """Every RMSNorm weight [hidden_size]."""
-    names = ("input_layernorm", "post_attention_layernorm")
-    layers = range(config.num_layers)
-    return [layer_tensor(layer, name) for layer in layers for name in names] + [NORM]
+def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
+    """Every RMSNorm weight and every bias, [n]."""
+    hidden, head = config.hidden_size, config.head_dim
+    pieces = {("input_layernorm", "weight"): hidden, ("post_attention_layernorm", "weight"): hidden}
+    if config.qkv_bias:
+        sizes = (config.query_size, config.kv_size, config.kv_size)
+        pieces |= {(name, "bias"): size for name, size in zip(QKV, sizes, strict=True)}
+    if config.qk_norm:
+        pieces |= {("self_attn.q_norm", "weight"): head, ("self_attn.k_norm", "weight"): head}
+    shapes = {
+        layer_tensor(layer, name, kind): (size,)
+        for layer in range(config.num_layers)
+        for (name, kind), size in pieces.items()
+    }
+    return shapes | {NORM: (hidden,)}
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint must hold."""
-    norms = dict.fromkeys(norm_names(config), (config.hidden_size,))
-    return {**matrix_shapes(config), **norms}
+    return {**matrix_shapes(config), **vector_shapes(config)}

@@ -1,16 +1,17 @@
 import dataclasses
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
 
 from roofline.budget import Rank, plan_model
 from roofline.config import PRESETS, ModelConfig, WeightFormat
 from roofline.models.checkpoints.tensors import (
     HEAD,
     matrix_shapes,
-    norm_names,
     tensor_shapes,
+    vector_shapes,
 )
+from roofline.models.families import FAMILIES, Family
 
 SMALL = ModelConfig(
     hidden_size=48,
@@ -28,10 +29,14 @@ SMALL = ModelConfig(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_names_and_shapes_are_those_of_transformers(tied: bool) -> None:
-    config = dataclasses.replace(SMALL, tie_word_embeddings=tied)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_names_and_shapes_are_those_of_transformers(family: Family, tied: bool) -> None:
+    config = dataclasses.replace(
+        SMALL, tie_word_embeddings=tied, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm
+    )
+    theirs = getattr(transformers, family.transformers_class)(
+        transformers.AutoConfig.for_model(
+            family.model_type,
             hidden_size=48,
             intermediate_size=80,
             num_hidden_layers=2,
@@ -48,8 +53,11 @@ def test_names_and_shapes_are_those_of_transformers(tied: bool) -> None:
     assert tensor_shapes(config) == shapes
 
 
-@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+FLAGGED = dataclasses.replace(SMALL, qkv_bias=True, qk_norm=True)
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), FLAGGED], ids=[*PRESETS, "flagged"])
 def test_tensors_add_up_to_the_parameters_of_the_plan(config: ModelConfig) -> None:
     parameters = sum(rows * columns for rows, columns in matrix_shapes(config).values())
-    parameters += len(norm_names(config)) * config.hidden_size
+    parameters += sum(size for (size,) in vector_shapes(config).values())
     assert parameters == plan_model(config, WeightFormat(), Rank(), {}).parameters
