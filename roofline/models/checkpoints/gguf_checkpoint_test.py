@@ -154,7 +154,8 @@ def test_a_llama_file_with_a_window_is_a_mistral(tmp_path: Path) -> None:
 def test_a_window_is_refused_where_the_family_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(FAMILIES, "mistral")
+    others = {name: family for name, family in FAMILIES.items() if name != "mistral"}
+    monkeypatch.setattr("roofline.models.families.FAMILIES", others)
     path = save(tmp_path, metadata(attention__sliding_window=64), tensors())
     with pytest.raises(UnsupportedError, match=r"llama\.attention\.sliding_window 64 is not"):
         GGUFCheckpoint(path)
