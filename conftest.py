@@ -8,6 +8,10 @@ without.
 import os
 from pathlib import Path
 
+# Before torch is imported: threads that wait in a loop for each other crawl on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
 import pytest
 
 from roofline.errors import RooflineError
@@ -16,6 +20,9 @@ from roofline.models import hub
 MODEL = "smollm2-135m"
 MODEL_VARIABLE = "ROOFLINE_TEST_GGUF"
 DATA_VARIABLE = "ROOFLINE_TEST_DATA"
+
+hypothesis.settings.register_profile("busy", deadline=None)  # a pause of the machine is no failure
+hypothesis.settings.load_profile("busy")
 
 why_no_model = pytest.StashKey[str]()
 

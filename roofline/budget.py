@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from roofline.config import EngineConfig, ModelConfig, ParallelConfig, WeightFormat
-from roofline.errors import CapacityError
+from roofline.errors import CapacityError, UsageError
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
 SCALE_BYTES = 4
+LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
 
 NativeGroups = Mapping[str, int]  # group size of each checkpoint tensor that is INT8 on disk
@@ -211,11 +212,12 @@ def plan_step_buffers(
         "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
     }
     if rank.is_last_stage:
-        buffers["sampled"] = ((rows,), "int64")
-        buffers["logits"] = ((rows, model.vocab_size), "float32")
+        sampled = max(rows, LOGIT_ROWS)
+        buffers["sampled"] = ((sampled,), "int64")
+        buffers["logits"] = ((sampled, model.vocab_size), "float32")
         if parallel.tensor_parallel_size > 1:
             vocabulary = len(parallel.vocabulary(model, tp))
-            buffers["logits_shard"] = ((rows, vocabulary), "float32")
+            buffers["logits_shard"] = ((sampled, vocabulary), "float32")
     return buffers
 
 
@@ -264,8 +266,13 @@ def plan_rank(
     """Size the KV pool and, for `max_model_len="auto"`, the context, to the memory budget.
 
     Raises CapacityError, with the largest context that fits, when one request of the asked
-    length does not.
+    length does not, and UsageError for a context longer than the model was made for.
     """
+    if config.max_model_len != "auto" and config.max_model_len > model.max_position:
+        raise UsageError(
+            f"max_model_len {config.max_model_len} is more than the model's context of "
+            f"{model.max_position} tokens"
+        )
     sizing = _Sizing(model, config, rank, plan_model(model, config.weights, rank, native))
     asked = model.max_position if config.max_model_len == "auto" else config.max_model_len
     planned = sizing.at(asked, available_bytes)
@@ -338,9 +345,11 @@ class _Sizing:
         return budget - self.weights.weight_bytes - self.weights.scale_bytes - activation_bytes
 
 
-def step_read_bytes(plan: ModelPlan) -> int:
+def step_read_bytes(plan: ModelPlan, rank: Rank) -> int:
     """Weights and scales a decoding step reads: all but an embedding that is not also the head."""
-    lookup_only = plan.embedding if plan.head is not None else None
+    lookup_only = plan.embedding
+    if rank.is_last_stage and plan.head is None:
+        lookup_only = None  # tied: the head reads it whole
     unread = lookup_only.weight_bytes + lookup_only.scale_bytes if lookup_only else 0
     return plan.weight_bytes + plan.scale_bytes - unread
 

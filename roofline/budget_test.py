@@ -1,7 +1,5 @@
 import dataclasses
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from roofline.budget import (
     Rank,
     RankBudget,
     StepShape,
-    available_host_bytes,
     buffer_bytes,
     kv_block_bytes,
     kv_token_bytes,
@@ -22,7 +19,7 @@ from roofline.budget import (
     step_read_bytes,
 )
 from roofline.config import PRESETS, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
-from roofline.errors import CapacityError
+from roofline.errors import CapacityError, UsageError
 
 INT8 = WeightFormat("int8", 128)
 FLOATS = WeightFormat("none", dtype="bfloat16")
@@ -133,7 +130,17 @@ def test_a_decoding_step_reads_all_but_a_lookup_table() -> None:
         plan = plan_model(model, INT8, Rank(), {})
         table = 300 * 100 + 300 * 4
         both = plan.weight_bytes + plan.scale_bytes
-        assert step_read_bytes(plan) == both - (0 if model is tied else table)
+        assert step_read_bytes(plan, Rank()) == both - (0 if model is tied else table)
+    first = Rank(ParallelConfig(pipeline_parallel_size=2), stage=0)
+    plan = plan_model(tied, INT8, first, {})
+    assert step_read_bytes(plan, first) == plan.weight_bytes + plan.scale_bytes - table
+
+
+def test_a_context_beyond_the_model_s_own_is_refused_with_both_numbers() -> None:
+    longest = TINY.max_position
+    assert plan(1 << 40, max_model_len=longest).step.max_model_len == longest
+    with pytest.raises(UsageError, match=f"{longest + 1} .* {longest} "):
+        plan(1 << 40, max_model_len=longest + 1)
 
 
 def test_kv_bytes_of_smollm2_are_those_of_the_documentation() -> None:
@@ -202,7 +209,7 @@ def test_what_is_planned_stays_within_the_share_of_memory(available: int, share:
 
 @given(
     st.integers(SMALLEST - 9000, FULL.total_bytes),
-    st.integers(1, 5000),
+    st.integers(1, TINY.max_position),
     st.sampled_from([1, 7, 16]),
 )
 @settings(max_examples=50)
@@ -255,66 +262,3 @@ def test_a_pool_of_given_size_ignores_the_share_but_not_the_memory() -> None:
 def test_memory_too_small_for_the_weights_fits_no_context() -> None:
     with pytest.raises(CapacityError, match=r"0 are left .* none fits, or raise --gpu-memory-util"):
         plan(1000)
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-MEMINFO = {"proc/meminfo": "MemTotal: 90 kB\nMemAvailable:   80 kB\n"}
-V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
-GIB = 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 80 * 1024),
-        ({"proc/self/cgroup": "0::/\n"}, 80 * 1024),
-        (
-            {
-                "proc/self/cgroup": "0::/a/b\n",
-                f"{V2}/a/b/memory.max": "max\n",
-                f"{V2}/a/b/memory.current": "70000\n",
-                f"{V2}/a/memory.max": "75000\n",
-                f"{V2}/a/memory.current": "71000\n",
-                f"{V2}/a/memory.stat": "anon 5\ninactive_file 500\n",
-            },
-            75000 - 71000 + 500,
-        ),
-        (
-            {  # in a container that sees its own group as the root
-                "proc/self/cgroup": "0::/elsewhere\n",
-                f"{V2}/memory.max": "3000\n",
-                f"{V2}/memory.current": "4000\n",
-            },
-            0,
-        ),
-        (
-            {
-                "proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/job\n0::/\n",
-                f"{V1}/memory.limit_in_bytes": str(2**63 - 4096),
-                f"{V1}/memory.usage_in_bytes": "1",
-                f"{V1}/job/memory.limit_in_bytes": "60000",
-                f"{V1}/job/memory.usage_in_bytes": "50000",
-                f"{V1}/job/memory.stat": "inactive_file 1\ntotal_inactive_file 700\n",
-            },
-            10700,
-        ),
-    ],
-    ids=["no cgroup", "no limit", "v2 of a parent", "v2 overdrawn", "v1"],
-)
-def test_available_memory_is_within_the_cgroups_limit(
-    files: dict[str, str], expected: int, tmp_path: Path
-) -> None:
-    assert available_host_bytes(write(tmp_path, MEMINFO | files)) == expected
-
-
-def test_available_memory_without_proc_is_what_the_system_says(tmp_path: Path) -> None:
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < available_host_bytes(tmp_path) <= whole
-    assert 0 < available_host_bytes() <= whole

@@ -30,7 +30,8 @@ def llm(folder: Path) -> Iterator[LLM]:
 
 def sampled(**options: Any) -> SamplingParams:
     """A seeded request of twelve tokens."""
-    return SamplingParams(**{"seed": 5, "max_tokens": 12, "ignore_eos": True, **options})
+    defaults: dict[str, Any] = {"seed": 5, "max_tokens": 12, "ignore_eos": True}
+    return SamplingParams(**(defaults | options))
 
 
 def test_text_ids_and_objects_are_the_same_prompt(llm: LLM) -> None:
@@ -62,12 +63,13 @@ def test_text_is_the_decoded_tokens(llm: LLM) -> None:
 
 def test_streamed_text_grows_to_the_generated_one(llm: LLM) -> None:
     expected = llm.generate("abc", sampled())[0].outputs[0]
-    texts, lengths = [], []
+    texts: list[str] = []
+    lengths: list[int] = []
     for output in llm.stream("abc", sampled()):
         texts.append(output.outputs[0].text)
         lengths.append(len(output.outputs[0].token_ids))
     assert texts[-1] == expected.text and lengths == list(range(1, 13))
-    assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
 
 def test_a_stop_string_across_tokens_ends_the_answer_before_it(llm: LLM) -> None:
@@ -106,7 +108,7 @@ def test_a_stop_token_ends_the_answer_and_its_text_is_dropped(llm: LLM) -> None:
 def _ascii(**options: Any) -> SamplingParams:
     """Only printable letters, one token each, so that text can be counted."""
     letters = list(range(33, 91))
-    return sampled(**{"allowed_token_ids": letters, "max_tokens": 24, **options})
+    return sampled(**({"allowed_token_ids": letters, "max_tokens": 24} | options))
 
 
 def _ascii_answer(llm: LLM) -> str:

@@ -8,11 +8,10 @@ import dataclasses
 import difflib
 import hashlib
 import math
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
-from roofline.errors import RequestError
+from roofline.errors import RequestError, shown
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -100,7 +99,7 @@ class SamplingParams:
             if name not in known:
                 near = difflib.get_close_matches(f"{name}"[:_MAX_STRING], known, n=1)
                 advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-                raise RequestError(f"unknown sampling option {_shown(name)}; {advice}")
+                raise RequestError(f"unknown sampling option {shown(name)}; {advice}")
         return cls(**options)
 
     def check(self, vocab_size: int) -> None:
@@ -328,21 +327,4 @@ def _biases(value: object) -> dict[int, float] | None:
 
 
 def _refused(name: str, value: object, wanted: str) -> RequestError:
-    return RequestError(f"{name} is {_shown(value)}; it must be {wanted}")
-
-
-class _Short(reprlib.Repr):
-    """Values as a message shows them: cut, whatever their size."""
-
-    # An @override, but typing has none before Python 3.12.
-    def repr_int(self, x: int, level: int) -> str:  # pyrefly: ignore[missing-override-decorator]
-        """Tell the size of an integer too long to print (Python refuses above 4,300 digits)."""
-        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
-
-
-_short = _Short()
-_short.maxstring = _short.maxother = 40
-
-
-def _shown(value: object) -> str:
-    return " ".join(_short.repr(value).split())
+    return RequestError(f"{name} is {shown(value)}; it must be {wanted}")

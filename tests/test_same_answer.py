@@ -14,9 +14,12 @@ from roofline.llm import RequestOutput
 from tests.prompts import PROMPTS
 
 TEXT = " ".join(PROMPTS)  # over 128 tokens
+TOKENS = 24  # more than a block, so that a full pool is met on the way
 KINDS = {
-    "greedy": SamplingParams(temperature=0, max_tokens=12, logprobs=0),
-    "seeded": SamplingParams(temperature=0.9, top_p=0.95, seed=7, max_tokens=12, logprobs=0),
+    "greedy": SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0),
+    "seeded": SamplingParams(
+        temperature=0.9, top_p=0.95, seed=7, max_tokens=TOKENS, ignore_eos=True, logprobs=0
+    ),
 }
 Bits = list[tuple[int, float]]  # (token, its logprob)
 
@@ -66,22 +69,22 @@ def test_a_prefix_found_in_the_cache_changes_no_bit(
 
 
 def test_preemption_changes_no_bit(smollm2_path: Path, alone: dict[str, Bits]) -> None:
-    """The pool holds one request to its end and the start of another, which must give way."""
-    block_bytes = 30 * 2 * 3 * 16 * 64 * 2
+    """Both prompts fit, and one block more: the second to ask for its next block gives way."""
     with LLM(str(smollm2_path), max_model_len=512, max_num_seqs=1) as llm:
-        prompt_blocks = -(-len(llm.get_tokenizer().encode(TEXT)) // 16)
-    first = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    blocks = 2 * prompt_blocks + 2  # each has its prompt; the first alone needs three more
+        prompt = llm.get_tokenizer().encode(TEXT)
+    in_blocks = len(prompt) // 16
+    block_bytes = 30 * 2 * 3 * 16 * 64 * 2
     with LLM(
         str(smollm2_path),
-        max_model_len=16 * (prompt_blocks + 4),
+        max_model_len=len(prompt) + 64,
         max_num_seqs=2,
-        kv_cache_memory_bytes=block_bytes * blocks,
+        kv_cache_memory_bytes=block_bytes * (2 * (in_blocks + 1) + 1),
         enable_prefix_caching=False,
     ) as llm:
         for kind, params in KINDS.items():
             preempted = llm.stats()["num_preemptions"]
-            second = llm.generate([TEXT, TEXT], [first, params], priority=[0, 1])[1]
+            first = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+            second = llm.generate([prompt, prompt], [first, params], priority=[0, 1])[1]
             assert llm.stats()["num_preemptions"] > preempted
             assert _bits(second) == alone[kind]
 

@@ -15,7 +15,7 @@ _TEMPLATE = (
 )
 
 
-def write_tiny_model(folder: Path, *, chat: bool = True) -> Path:
+def write_tiny_model(folder: Path, *, chat: bool = True, context: int = CONTEXT) -> Path:
     """Write config, weights and tokenizer into `folder`; without `chat`, no template."""
     vocabulary = {text: id for id, text in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -37,7 +37,7 @@ def write_tiny_model(folder: Path, *, chat: bool = True) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=tokenizer.get_vocab_size(),
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         eos_token_id=tokenizer.token_to_id(END),
         bos_token_id=None,
         tie_word_embeddings=True,

@@ -51,6 +51,7 @@ app = App(
     version=f"roofline {roofline.__version__}",
     help_format="plaintext",
     result_action="return_none",
+    suppress_keyboard_interrupt=False,  # `main` says so in one line
     default_parameter=Parameter(negative=()),
 )
 _bench = App(name="bench", help="Measure speed.")

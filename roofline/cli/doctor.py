@@ -5,10 +5,11 @@ It says something useful where nothing else works: torch may be absent or broken
 
 import dataclasses
 import difflib
-import importlib.metadata
+import importlib
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +25,9 @@ from roofline.cli import figures, options, output
 from roofline.config import EngineConfig, environment_options
 from roofline.errors import RooflineError
 
-_SIMD = (  # flags of /proc/cpuinfo that decide how fast INT8 and bfloat16 can be
-    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
-    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
-)
+# Flags of /proc/cpuinfo that decide how fast INT8 and bfloat16 can be.
+_SIMD_X86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_SIMD_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 _OTHER_VARIABLES = ("ROOFLINE_CACHE", "ROOFLINE_DEBUG", "ROOFLINE_TEST_DATA", "ROOFLINE_TEST_GGUF")
 _LITTLE_MEMORY = 2_000_000_000  # bytes
 
@@ -60,14 +60,9 @@ def _import_torch() -> tuple[ModuleType | None, list[str]]:
 
 
 def _versions() -> dict[str, Any]:
-    try:
-        torch_version = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        torch_version = None
     return {
         "roofline": roofline.__version__,
         "python": platform.python_version(),
-        "torch": torch_version,
         "platform": platform.platform(),
     }
 
@@ -78,8 +73,8 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": execution.host.cpu_model(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)),
-        "simd": [flag for flag in _SIMD if flag in present],
+        "usable_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "simd": [flag for flag in (*_SIMD_X86, *_SIMD_ARM) if flag in present],
         "available_memory_bytes": available_host_bytes(),
         "nvidia_driver": shutil.which("nvidia-smi") is not None,
     }
@@ -94,6 +89,7 @@ def _cache() -> dict[str, Any]:
 
 def _torch_facts(torch: ModuleType) -> dict[str, Any]:
     return {
+        "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.is_available(),

@@ -27,7 +27,7 @@ class Decoding:
         """The median sequence of a batch; its context grew from its prompt by its answer."""
         rates = [rate for rate in map(_tokens_per_s, outputs) if rate is not None]
         contexts = [len(o.prompt_token_ids) + len(o.outputs[0].token_ids) / 2 for o in outputs]
-        weights = budget.step_read_bytes(llm.budget.model) / len(outputs)
+        weights = budget.step_read_bytes(llm.budget.model, budget.Rank()) / len(outputs)
         kv = statistics.fmean(contexts) * budget.kv_token_bytes(llm.model_config, llm.config.dtype)
         return cls(statistics.median(rates) if rates else None, weights + kv)
 

@@ -177,7 +177,7 @@ class Plan:
         slowest = [0.0] * self.ranks[-1][0].parallel.pipeline_parallel_size
         tokens = self.config.max_num_seqs * self.max_model_len / 2
         for rank, budget in self.ranks:
-            read = _step_weights(rank, budget) + tokens * self._kv_token_bytes(rank)
+            read = step_read_bytes(budget.model, rank) + tokens * self._kv_token_bytes(rank)
             slowest[rank.stage] = max(slowest[rank.stage], read)
         rate = self.config.max_num_seqs * bandwidth_gb_s * 1e9 / sum(slowest)
         return {
@@ -201,15 +201,6 @@ class Plan:
             + blocks * kv_block_bytes(self.model, config.dtype, rank, config.block_size)
             + buffer_bytes(plan_step_buffers(self.model, config.dtype, rank, step))
         )
-
-
-def _step_weights(rank: Rank, budget: RankBudget) -> int:
-    """Bytes of weights and scales a step reads; a stage without the head only looks tokens up."""
-    embedding = budget.model.embedding
-    looked_up = 0
-    if embedding is not None and not rank.is_last_stage:
-        looked_up = embedding.weight_bytes + embedding.scale_bytes
-    return step_read_bytes(budget.model) - looked_up
 
 
 def _largest(limit: int, holds: Callable[[int], bool]) -> int:

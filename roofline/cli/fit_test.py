@@ -84,7 +84,7 @@ def test_ranks_of_any_number_hold_the_whole_model_between_them(tensor: int, pipe
 
 
 def test_more_ranks_than_work_is_refused_with_the_most(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match="tensor_parallel_size 33 is too many.*the most is 32"):
+    with pytest.raises(UsageError, match=r"tensor_parallel_size 33 is too many.*the most is 32"):
         fit("llama-3.2-1b", tensor_parallel_size=33)
     with pytest.raises(UsageError, match="pipeline_parallel_size 17 is more than the model's 16"):
         fit("llama-3.2-1b", pipeline_parallel_size=17)
@@ -129,13 +129,13 @@ def test_memory_is_read_with_its_unit(
 
 @pytest.mark.parametrize("text", ["", "many", "5q", "-1", "0", "1..2", "nan", "GB", "1e9"])
 def test_memory_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--memory is"):
+    with pytest.raises(UsageError, match=r"--memory is"):
         fit("llama-110m", memory=text)
 
 
 @pytest.mark.parametrize("text", ["", "fast", "-1", "0", "nan", "inf"])
 def test_bandwidth_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--bandwidth is .* above 0, in GB/s"):
+    with pytest.raises(UsageError, match=r"--bandwidth is .* above 0, in GB/s"):
         fit("llama-110m", bandwidth=text)
 
 
@@ -183,11 +183,11 @@ def test_the_environment_is_heard(
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="group_size 48 is not supported"):
+    with pytest.raises(UnsupportedError, match=r"group_size 48 is not supported"):
         fit("llama-110m", group_size=48)
     with pytest.raises(UsageError, match="unknown option 'max_modle_len'"):
         fit("llama-110m", max_modle_len=1)
-    with pytest.raises(UsageError, match="did you mean 'llama-3.1-8b'"):
+    with pytest.raises(UsageError, match=r"did you mean 'llama-3.1-8b'"):
         fit("llama-3.1-8")
     with pytest.raises(CapacityError, match="KV cache"):
         fit("llama-110m", kv_cache_memory_bytes=1000)

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from roofline.config import EngineConfig, parse_option
 from roofline.request import SamplingParams
@@ -90,30 +90,31 @@ _ENGINE = Group("Engine", help="Each is read from the environment too.", sort_ke
 
 def _option(name: str, hint: Any, group: Group, text: str, default: object) -> inspect.Parameter:
     """A keyword that is absent unless given; the help shows what holds then."""
-    shown = Parameter(
+    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
+    kind, item, read = (bool, hint, None) if hint is bool else (str, hint, _read_one(hint))
+    if lists:
+        (item,) = get_args(lists[0])
+        kind, read = list[str], _read_all(item)
+    parameter = Parameter(
         group=group,
         help=text,
+        converter=read,
+        metavar=_metavar(item) if read else None,
         show_default=False if default is None else lambda _: str(default).lower(),
         negative=f"--no-{name.replace('_', '-')}" if default is True else (),
     )
-    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
-    if hint is bool:
-        kind, reading = bool, Parameter()
-    elif lists:
-        (item,) = get_args(lists[0])
-        reading = Parameter(
-            converter=lambda _, tokens: [parse_option(item, token.value) for token in tokens],
-            metavar=_metavar(item),
-        )
-        kind = list[str]
-    else:
-        reading = Parameter(
-            converter=lambda _, tokens: parse_option(hint, tokens[0].value), metavar=_metavar(hint)
-        )
-        kind = str
-    annotation = Annotated[kind, shown, reading]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
+    annotation = Annotated[kind, parameter]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _read_one(hint: Any) -> Callable[[Any, Sequence[Token]], Any]:
+    return lambda _, tokens: parse_option(hint, tokens[0].value)
+
+
+def _read_all(item: Any) -> Callable[[Any, Sequence[Token]], list[Any]]:
+    return lambda _, tokens: [parse_option(item, token.value) for token in tokens]
 
 
 def _metavar(hint: Any) -> str:

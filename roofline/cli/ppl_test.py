@@ -45,7 +45,7 @@ def test_perplexity_is_that_of_transformers_over_the_same_windows(
         ids = llm.get_tokenizer().encode(TEXT.decode())
     assert len(ids) == len(TEXT)  # a token is a byte: no newline was touched
     peer = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
-    nlls = []
+    nlls: list[float] = []
     for start in range(0, len(ids) - 63, 24):
         window = torch.tensor([ids[start : start + 64]])
         logprobs = peer(window).logits[0].log_softmax(-1)
@@ -95,7 +95,7 @@ def test_a_window_longer_than_the_context_is_refused_with_both_numbers(
         ({"windows": 0}, "--windows is 0; it must be at least 1"),
     ],
 )
-def test_windows_that_cannot_be_meant_are_refused(options: dict[str, int], message: str) -> None:
+def test_windows_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ppl("nothing is opened", "nor read", **options)
 

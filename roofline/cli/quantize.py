@@ -1,5 +1,6 @@
 """`roofline quantize`: a model written as group-wise INT8, the bits that loading it would give."""
 
+import importlib
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from cyclopts import Parameter
 from roofline import models
 from roofline.cli import options, output
 from roofline.config import EngineConfig
-from roofline.models import checkpoints
+from roofline.models.checkpoints.tensors import tensor_shapes
 
 
 @options.accepts(options.engine_options(only=("load_format", "group_size", "seed")))
@@ -25,14 +26,16 @@ def quantize(
     config = EngineConfig.from_options(given, os.environ)
     opened = models.opening.open_model(model, config.load_format, config.seed)
     try:
-        total = len(checkpoints.tensors.tensor_shapes(opened.checkpoint.config))
+        total = len(tensor_shapes(opened.checkpoint.config))
         with output.progress() as bar:
             task = bar.add_task("Quantising", total=total)
 
             def advance(name: str) -> None:
                 bar.update(task, advance=1, description=f"Quantising {name}")
 
-            checkpoints.quantized.write_quantized(
+            # Not at the top: it imports torch, which --help does without.
+            writer = importlib.import_module("roofline.models.checkpoints.quantized")
+            writer.write_quantized(
                 opened.checkpoint, opened.tokenizer, Path(out), config.weights, advance
             )
     finally:

@@ -1,7 +1,6 @@
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def bandwidth(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "bandwidth_gb_s", lambda: 20.0)
-    return
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str, **options: Any) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def test_in_little_memory_a_smaller_buffer_is_read_as_often_as_it_takes(
         def amax(self) -> None:
             self.reads += 1
 
-    buffer, sizes = Buffer(), []
+    buffer = Buffer()
+    sizes: list[int] = []
 
     def ones(size: int, dtype: torch.dtype) -> Buffer:
         sizes.append(size * dtype.itemsize)

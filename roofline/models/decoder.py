@@ -13,7 +13,7 @@ from torch import Tensor
 from roofline.budget import MatrixPlan, ModelPlan
 from roofline.config import ModelConfig
 from roofline.models.layers import LayerWeights, Source, load_layer, load_table
-from roofline.ops import Ops, StepInputs, Weight
+from roofline.ops import Int8Weight, Ops, StepInputs, Weight
 from roofline.parallel.mesh import Mesh
 
 
@@ -108,7 +108,7 @@ class Decoder:
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Every weight this rank holds, by name: for counting bytes."""
-        found = {"norm": self.norm}
+        found: dict[str, Tensor] = {} if self.norm is None else {"norm": self.norm}
         for name, weight in (("table", self.table), ("head", self.head)):
             found |= _matrix_tensors(name, weight)
         for number, layer in enumerate(self.layers):
@@ -116,7 +116,7 @@ class Decoder:
             found[f"{number}.ffn_norm"] = layer.ffn_norm
             for name in ("qkv", "output", "gate_up", "down"):
                 found |= _matrix_tensors(f"{number}.{name}", getattr(layer, name))
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return found
 
 
 def _load_table(
@@ -128,12 +128,14 @@ def _load_table(
 def rope_table(config: ModelConfig, length: int, out: Tensor) -> None:
     """Fill out [2, length, D / 2] float32 with the cosines and sines of every position."""
     frequencies = torch.tensor(config.rope_frequencies(), dtype=torch.float64)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-    out[0], out[1] = torch.cos(angles), torch.sin(angles)
+    # In slices: in float64 the angles of a long context would dwarf the table.
+    for start in range(0, length, 4096):
+        stop = min(start + 4096, length)
+        angles = torch.outer(torch.arange(start, stop, dtype=torch.float64), frequencies)
+        out[0, start:stop], out[1, start:stop] = torch.cos(angles), torch.sin(angles)
 
 
-def _matrix_tensors(name: str, weight: Weight | None) -> dict[str, Tensor | None]:
-    if weight is None:
-        return {}
-    scales = getattr(weight, "scales", None)
-    return {f"{name}.values": weight.values, f"{name}.scales": scales}
+def _matrix_tensors(name: str, weight: Weight | None) -> dict[str, Tensor]:
+    if isinstance(weight, Int8Weight):
+        return {f"{name}.values": weight.values, f"{name}.scales": weight.scales}
+    return {} if weight is None else {f"{name}.values": weight.values}

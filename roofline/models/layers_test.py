@@ -3,7 +3,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor

@@ -14,15 +14,6 @@ TOKENS = 70  # four whole tiles of 16 and a part of one
 DTYPES = torch.float32, torch.bfloat16
 
 
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"], autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Shape:
     heads: int
@@ -33,12 +24,23 @@ class Shape:
     vocab: int = 77
 
 
-SHAPES = [
-    Shape(heads=9, kv_heads=3, head_dim=64, hidden=576, ffn=768),
-    Shape(heads=8, kv_heads=1, head_dim=80, hidden=37, ffn=65),
-    Shape(heads=4, kv_heads=4, head_dim=2, hidden=8, ffn=3),
-]
-over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+SMOLLM2 = Shape(heads=9, kv_heads=3, head_dim=64, hidden=576, ffn=768)  # large enough for 2 threads
+ODD = Shape(heads=8, kv_heads=1, head_dim=80, hidden=37, ffn=65)
+TINY = Shape(heads=4, kv_heads=4, head_dim=2, hidden=8, ffn=3)
+CASES = {"smollm2": (SMOLLM2, 1), "2-threads": (SMOLLM2, 2), "odd": (ODD, 1), "tiny": (TINY, 1)}
+
+
+@pytest.fixture(params=CASES)
+def shape(request: pytest.FixtureRequest) -> Iterator[Shape]:
+    """A model's shape, while torch has the case's number of threads."""
+    shape, threads = CASES[request.param]
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield shape
+    torch.set_num_threads(before)
+
+
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -75,7 +77,6 @@ def assert_bits_do_not_depend_on_the_batch(run: Callable[[Tensor], Tensor]) -> N
 
 
 @over_dtypes
-@over_shapes
 def test_embed(shape: Shape, dtype: torch.dtype) -> None:
     ids = torch.randint(0, shape.vocab + 20, (TOKENS,))
     for table in weights(shape.vocab, shape.hidden, dtype):
@@ -89,7 +90,6 @@ def test_embed(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @over_dtypes
-@over_shapes
 def test_linear(shape: Shape, dtype: torch.dtype) -> None:
     x = torch.randn(TOKENS, shape.ffn).to(dtype)
     for weight in weights(shape.hidden, shape.ffn, dtype):
@@ -103,7 +103,6 @@ def test_linear(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @over_dtypes
-@over_shapes
 def test_norm_gate_up_swiglu(shape: Shape, dtype: torch.dtype) -> None:
     residual, delta = torch.randn(2, TOKENS, shape.hidden)
     norm = torch.rand(shape.hidden) + 1
@@ -119,7 +118,6 @@ def test_norm_gate_up_swiglu(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @over_dtypes
-@over_shapes
 def test_norm_head(shape: Shape, dtype: torch.dtype) -> None:
     residual, delta = torch.randn(2, TOKENS, shape.hidden)
     norm = torch.rand(shape.hidden) + 1
@@ -134,7 +132,6 @@ def test_norm_head(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @over_dtypes
-@over_shapes
 def test_norm_qkv_rope_store(shape: Shape, dtype: torch.dtype) -> None:
     residual, delta = torch.randn(2, TOKENS, shape.hidden)
     norm, positions = torch.rand(shape.hidden) + 1, torch.randint(0, 50, (TOKENS,))
@@ -192,7 +189,6 @@ def rows_in_a_pool(
 
 
 @over_dtypes
-@over_shapes
 @pytest.mark.parametrize(("block_tokens", "window"), [(16, None), (7, 40), (64, 260)])
 def test_attention_at_any_chunking(
     shape: Shape, block_tokens: int, window: int | None, dtype: torch.dtype
@@ -209,7 +205,6 @@ def test_attention_at_any_chunking(
 
 
 @over_dtypes
-@over_shapes
 def test_attention_among_other_rows(shape: Shape, dtype: torch.dtype) -> None:
     contexts, counts = [1, 40, 700, 5, 300, 2100], [1, 33, 1, 0, 20, 16]
     rows, pool = rows_in_a_pool(contexts, shape, 16, dtype)
@@ -230,8 +225,8 @@ def test_attention_among_other_rows(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @over_dtypes
-def test_attention_wherever_the_blocks_lie(dtype: torch.dtype) -> None:
-    (row,), pool = rows_in_a_pool([600], SHAPES[0], 16, dtype)
+def test_attention_wherever_the_blocks_lie(shape: Shape, dtype: torch.dtype) -> None:
+    (row,), pool = rows_in_a_pool([600], shape, 16, dtype)
     here = row.attend(dtype, pool, None, 560, 600)
     for _ in range(3):
         place = torch.randperm(pool.shape[2])  # new block i is old block place[i]

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from roofline.errors import RooflineError
+
 
 class Collectives(Protocol):
     """The calls of one rank; the peers of its tensor group make the same ones in the same order."""
@@ -92,13 +94,25 @@ class ThreadCollectives:
     def recv(self, out: Tensor) -> None:
         """See `Collectives.recv`."""
         pipe = self._group.pipes[self._stage][self._tp_rank]
-        out.copy_(pipe.get(timeout=self._group.timeout_s))
+        try:
+            out.copy_(pipe.get(timeout=self._group.timeout_s))
+        except queue.Empty as error:
+            raise self._left_waiting("the stage before") from error
 
     def _exchange(self, mine: Tensor) -> list[Tensor]:
         """Offer a tensor that will not change, and take what every rank offers."""
         barrier, offered = self._group.barriers[self._stage], self._group.offered[self._stage]
         offered[self._tp_rank] = mine
-        barrier.wait()
-        taken = [tensor for tensor in offered if tensor is not None]
-        barrier.wait()
+        try:
+            barrier.wait()
+            taken = [tensor for tensor in offered if tensor is not None]
+            barrier.wait()
+        except threading.BrokenBarrierError as error:
+            raise self._left_waiting("its tensor group") from error
         return taken
+
+    def _left_waiting(self, whom: str) -> RooflineError:
+        return RooflineError(
+            f"tensor rank {self._tp_rank} of stage {self._stage} waited in vain for {whom}; "
+            f"the limit is {self._group.timeout_s:g} s"
+        )

@@ -1,15 +1,18 @@
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from roofline.errors import RooflineError
 from roofline.parallel.collectives import Collectives, NoCollectives, ThreadGroup
 
+Answer = TypeVar("Answer")
 
-def on_every_rank[Answer](
+
+def on_every_rank(
     tensor_ranks: int, stages: int, work: Callable[[Collectives, int, int], Answer]
 ) -> list[Answer]:
     """What each rank's thread returned, stage by stage; the first failure is raised."""
@@ -74,7 +77,8 @@ def test_all_gather_fills_places_of_different_widths() -> None:
 
 def test_stages_pass_tensors_on_in_order_and_ranks_do_not_mix() -> None:
     def work(collectives: Collectives, rank: int, stage: int) -> list[float]:
-        seen, x = [], torch.zeros(3)
+        seen: list[float] = []
+        x = torch.zeros(3)
         for step in range(40):
             if stage == 0:
                 x.fill_(step * 10 + rank)
@@ -95,5 +99,11 @@ def test_stages_pass_tensors_on_in_order_and_ranks_do_not_mix() -> None:
 
 def test_a_rank_that_does_not_come_is_not_waited_for_forever() -> None:
     group = ThreadGroup(2, 1, timeout_s=0.05)
-    with pytest.raises(threading.BrokenBarrierError):
+    with pytest.raises(
+        RooflineError, match="tensor rank 0 of stage 0 waited in vain for its tensor"
+    ):
         group.rank(0, 0).all_reduce(torch.zeros(1))
+    with pytest.raises(
+        RooflineError, match="tensor rank 1 of stage 0 waited in vain for the stage"
+    ):
+        group.rank(1, 0).recv(torch.zeros(1))

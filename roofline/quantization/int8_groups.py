@@ -3,7 +3,7 @@
     scale[n, g] = max |w[n, k in group g]| / 127      1.0 where that is zero or subnormal
     q[n, k]     = round_half_even(w[n, k] / scale)    in [-127, 127]
 
-so |w - q * scale| <= scale / 2 * (1 + 2**-20). Groups run along K; the last one ends at K.
+so |w - q * scale| <= scale / 2 * (1 + 2**-17). Groups run along K; the last one ends at K.
 docs/int8_groups.md derives the bound and gives the layout on disk.
 """
 

@@ -151,7 +151,7 @@ def test_weight_that_is_no_number_is_refused_with_the_name_of_its_tensor(
 ) -> None:
     weights = torch.ones(3, 100, dtype=dtype)
     weights[2, place] = bad
-    with pytest.raises(CheckpointError, match="tensor 'model.x.weight' holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=r"tensor 'model.x.weight' holds NaN"):
         quantize(weights, 64, "model.x.weight")
 
 

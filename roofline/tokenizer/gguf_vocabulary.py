@@ -21,7 +21,6 @@ from roofline.tokenizer.vocabulary import (
     Vocabulary,
     byte_level_bytes,
     refusing_bad_vocabulary,
-    surround,
 )
 
 Kind = TypeVar("Kind")
@@ -54,17 +53,14 @@ def vocabulary_from_gguf(metadata: Mapping[str, object], source: str) -> Vocabul
     named = {*ends} if ids["bos"] is None else {*ends, ids["bos"]}
     bpe = kind.bpe(tokens, types)
     bpe.add_tokens(_added_tokens(tokens, types, named))
-    prefix = _added(keys, "bos", ids, default=kind.adds_bos)
-    suffix = _added(keys, "eos", ids, default=False)
-    surround(bpe, prefix, suffix)
     return Vocabulary(
         source=source,
         bpe=bpe,
         size=len(tokens),
         bos_token_id=ids["bos"],
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        prefix=prefix,
-        suffix=suffix,
+        prefix=_added(keys, "bos", ids, default=kind.adds_bos),
+        suffix=_added(keys, "eos", ids, default=False),
         chat_template=keys.get("tokenizer.chat_template", str),
         template_tokens={
             variable: tokens[token]

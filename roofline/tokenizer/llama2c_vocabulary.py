@@ -18,7 +18,7 @@ from roofline.tokenizer.sentencepiece_bpe import (
     sentencepiece_bpe,
     sentencepiece_bytes,
 )
-from roofline.tokenizer.vocabulary import Vocabulary, surround
+from roofline.tokenizer.vocabulary import Vocabulary
 
 _MAX_FILE_BYTES = 1 << 27
 _LENGTH = struct.Struct("<i")  # of the longest piece, at the start
@@ -50,7 +50,6 @@ def vocabulary_from_llama2c(path: str | os.PathLike[str]) -> Vocabulary:
         source=str(file),
     )
     bpe.add_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIALS])
-    surround(bpe, (_BOS,), ())
     return Vocabulary(
         source=str(file),
         bpe=bpe,

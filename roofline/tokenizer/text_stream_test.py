@@ -133,9 +133,8 @@ def test_what_is_no_stop_string_is_refused(stop: Any) -> None:
         TextStream(SMALL, stop=stop)
 
 
-def test_an_id_outside_the_vocabulary_is_refused() -> None:
-    with pytest.raises(RequestError, match=f"token id {SIZE} is outside"):
-        TextStream(SMALL).push([SIZE])
+def test_a_padding_row_of_the_embedding_has_no_text() -> None:
+    assert TextStream(SMALL).push([SIZE, SIZE + 5]) == ""
 
 
 IDS = st.lists(st.one_of(st.integers(0, SIZE - 1), st.integers(0x80, 0xFF)), max_size=40)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import tokenizers
 from tokenizers import pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from roofline.errors import CheckpointError, RequestError
 from roofline.tokenizer.chat_template import ChatTemplate
@@ -132,16 +133,17 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files from which `from_folder` builds this tokenizer again."""
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config |= self._template_tokens
-        around = {"bos_token": self._prefix, "eos_token": self._suffix}
-        named = {n: self._parsing.token_to_id(text) for n, text in self._template_tokens.items()}
-        if all(ids in ((), (named.get(name),)) for name, ids in around.items()):
-            config |= {f"add_{name}": bool(ids) for name, ids in around.items()}
-        # otherwise they are as the post-processor in tokenizer.json puts them
+        whole = tokenizers.Tokenizer.from_str(self._parsing.to_str())
+        if whole.post_processor is None and (self._prefix or self._suffix):  # a GGUF's
+            around = {id: self.token_text(id) for id in (*self._prefix, *self._suffix)}
+            before, after = ([around[id] for id in ids] for ids in (self._prefix, self._suffix))
+            whole.post_processor = TemplateProcessing(
+                single=[*before, "$A", *after], special_tokens=[(t, id) for id, t in around.items()]
+            )
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._template_tokens}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template.source
-        Path(folder, "tokenizer.json").write_text(self._parsing.to_str(), encoding="utf-8")
+        Path(folder, "tokenizer.json").write_text(whole.to_str(), encoding="utf-8")
         text = json.dumps(config, indent=2)
         Path(folder, "tokenizer_config.json").write_text(text, encoding="utf-8")
 

@@ -1,11 +1,10 @@
 """What a tokenizer is built from, whichever file it came in; no reading and no encoding here."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import tokenizers
-from tokenizers import processors
 
 from roofline.errors import CheckpointError
 
@@ -48,18 +47,6 @@ class Vocabulary:
     template_tokens: Mapping[str, str] = field(default_factory=dict)  # such as bos_token: '<s>'
     piece_bytes: Callable[[str], bytes] = byte_level_bytes  # what a token that is text stands for
     leads_with_space: bool = False  # decoding takes off the space that encoding puts before a text
-
-
-def surround(bpe: tokenizers.Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> None:
-    """Have the library put these ids around a text too, so that they are saved with it."""
-    around = {
-        id: {"id": str(id), "ids": [id], "tokens": [bpe.id_to_token(id)]}
-        for id in (*prefix, *suffix)
-    }
-    if around:
-        single = [*map(str, prefix), "$A", *map(str, suffix)]
-        specials = list(around.values())
-        bpe.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
 
 
 @contextmanager

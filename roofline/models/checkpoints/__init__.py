@@ -1,13 +1,10 @@
 """Model files: names and bytes. No slicing rules, no devices, no parallelism here.
 
 Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`) whatever the file;
-query and key rows are in half-split rotary order. Submodules load on first use: most import torch
-or the libraries of a format.
+query and key rows are in half-split rotary order.
 """
 
-import importlib
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, Protocol
 
 from roofline.config import ModelConfig
@@ -22,28 +19,16 @@ class Checkpoint(Protocol):
     @property
     def config(self) -> ModelConfig:
         """The model's shape."""
-        ...
 
     @property
     def native_groups(self) -> Mapping[str, int]:
         """Group size of each tensor that is group-wise INT8 in the file."""
-        ...
 
     def read(self, name: str) -> Any:
         """The tensor as floats: [N, K], or [H] for a norm."""
-        ...
 
     def read_int8(self, name: str) -> tuple[Any, Any]:
         """Values [N, K] int8 and scales [N, groups] float32 of a tensor in `native_groups`."""
-        ...
 
     def close(self) -> None:
         """Unmap the files."""
-        ...
-
-
-def __getattr__(name: str) -> ModuleType:
-    """Import a submodule when it is first named."""
-    if name in ("quantized", "tensors"):
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

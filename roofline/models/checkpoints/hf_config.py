@@ -6,7 +6,6 @@ The files are untrusted: whatever would change an answer and is not done here is
 import collections
 import functools
 import json
-import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from roofline.config import (
     RopeScaling,
     WeightFormat,
 )
-from roofline.errors import CheckpointError, RooflineError, UnsupportedError
+from roofline.errors import CheckpointError, RooflineError, UnsupportedError, shown
 from roofline.models.checkpoints.tensors import matrix_shapes
 
 MAX_JSON_BYTES = 8 << 20  # an index of 75,000 tensors; the worst such text is 250 MB parsed
@@ -159,12 +158,12 @@ class Fields:
     def wrong(self, name: str, wanted: str) -> CheckpointError:
         """The error of a field that is not what is `wanted`."""
         return CheckpointError(
-            f"{self.where}: {name} is {_short(self.get(name))}; it must be {wanted}"
+            f"{self.where}: {name} is {shown(self.get(name))}; it must be {wanted}"
         )
 
     def unsupported(self, name: str, supported: str) -> UnsupportedError:
         """The error of a field whose value we do not do."""
-        value = _short(self.get(name))
+        value = shown(self.get(name))
         return UnsupportedError(
             f"{self.where}: {name} {value} is not supported; supported: {supported}"
         )
@@ -182,7 +181,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"duplicate key {_short(key)}")
+        raise ValueError(f"duplicate key {shown(key)}")
     return found
 
 
@@ -238,7 +237,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None, tuple[float, ...] 
         )
         return theta, scaling, None
     raise UnsupportedError(
-        f"{fields.where}: rope_type {_short(kind)} is not supported; "
+        f"{fields.where}: rope_type {shown(kind)} is not supported; "
         "supported: default, linear, llama3"
     )
 
@@ -302,7 +301,7 @@ def _native_groups(fields: Fields, config: ModelConfig) -> dict[str, int]:
     own = Fields(found.section("group_sizes"), f"{found.where}: group_sizes")
     for name in own.values:
         if name not in columns:
-            raise CheckpointError(f"{own.where}: the model has no matrix {_short(name)}")
+            raise CheckpointError(f"{own.where}: the model has no matrix {shown(name)}")
     return {
         name: _group(own, name, width) if name in own.values else _group(found, "group_size", width)
         for name, width in columns.items()
@@ -336,15 +335,6 @@ def _quantization_fields(
 def _same(value: Any, wanted: Any) -> bool:
     """Equal, and of one type: neither 1 for true nor 8.0 for 8."""
     return type(value) is type(wanted) and value == wanted
-
-
-def _short(value: Any) -> str:
-    """A value for a message, however long or deep it is."""
-    return _SHORTENING.repr(value)
-
-
-_SHORTENING = reprlib.Repr()
-_SHORTENING.maxstring = _SHORTENING.maxlong = 60
 
 
 # Fields of config.json that change the answer when they hold anything else.

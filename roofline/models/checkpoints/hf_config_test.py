@@ -165,7 +165,7 @@ def test_remote_code_is_neither_imported_nor_minded(tmp_path: Path) -> None:
         ({"vocab_size": 1 << 60}, "vocab_size is 1152921504606846976"),
         ({"max_position_embeddings": []}, "max_position_embeddings is []"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is an integer of"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0; it must be a finite number above 0"),
         ({"rope_theta": float("inf")}, "rope_theta is inf; it must be a finite number"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a finite number above 0"),
@@ -275,7 +275,7 @@ def test_unreadable_json_is_refused_in_one_line(
 
 def test_parsed_json_says_where(tmp_path: Path) -> None:
     assert parse_json(b'{"a": {"b": 1}, "c": {"b": 2}}', "here") == {"a": {"b": 1}, "c": {"b": 2}}
-    with pytest.raises(CheckpointError, match="^here: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"^here: not valid JSON"):
         parse_json(b"{]", "here")
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -133,7 +133,7 @@ def _write_tensors(
 
 
 @contextlib.contextmanager
-def _naming_the_disk(folder: Path, needed_bytes: int) -> Iterator[None]:
+def _naming_the_disk(folder: Path, needed_bytes: int) -> Generator[None, None, None]:
     """Refuse a disk without room for `needed_bytes`, and turn the system's errors into ours."""
     try:
         free = shutil.disk_usage(folder.parent).free

@@ -85,7 +85,7 @@ def float_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         vocab_size=70,
         tie_word_embeddings=request.param,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
 
 
@@ -133,35 +133,46 @@ def assert_same_tokenizer(found: Tokenizer, wanted: Tokenizer) -> None:
         assert getattr(found, name) == getattr(wanted, name), name
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize("adds_eos", [True, False])
-@pytest.mark.parametrize("by", ["flags", "post-processor"])
-def test_saved_tokenizer_puts_the_same_ids_around_a_text(
-    tmp_path: Path, adds_bos: bool, adds_eos: bool, by: str
+@pytest.mark.parametrize("bos_tokens", [0, 1, 2])
+@pytest.mark.parametrize("eos_tokens", [0, 1])
+def test_tokenizer_of_a_folder_is_saved_with_the_ids_it_puts_around_a_text(
+    tmp_path: Path, bos_tokens: int, eos_tokens: int
 ) -> None:
-    words = [*pre_tokenizers.ByteLevel.alphabet(), "<s>", "</s>"]
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>"]
     bpe = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(["<s>", "</s>"])
-    config: dict[str, object] = {"bos_token": "<s>", "eos_token": "</s>"}
-    if by == "flags":
-        config |= {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
-    else:
-        pieces = ["<s>"] * 2 * adds_bos + ["$A"] + ["</s>"] * adds_eos
-        ids = [(word, words.index(word)) for word in ("<s>", "</s>")]
-        template = processors.TemplateProcessing(single=" ".join(pieces), special_tokens=ids)
-        bpe.post_processor = template
+    bpe.post_processor = processors.TemplateProcessing(
+        single=["<s>"] * bos_tokens + ["$A"] + ["</s>"] * eos_tokens,
+        special_tokens=[("<s>", 256), ("</s>", 257)],
+    )
     bpe.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer.from_folder(tmp_path)
-    checkpoint = DummyCheckpoint(dataclasses.replace(CONFIG, vocab_size=300), 0)
-    write_quantized(checkpoint, tokenizer, tmp_path / "out", WeightFormat(), silent)
-    again = Tokenizer.from_folder(tmp_path / "out")
-    assert again.encode("a b") == tokenizer.encode("a b")
-    assert len(again.encode("a b")) == 3 + adds_bos * (1 if by == "flags" else 2) + adds_eos
-    assert again.eos_token_ids == tokenizer.eos_token_ids == (257,)
-    assert SafetensorsCheckpoint(tmp_path / "out").config.eos_token_ids == (257,)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    assert_saved_as_it_was(Tokenizer.from_folder(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("adds_eos", [True, False])
+def test_tokenizer_of_a_gguf_is_saved_with_the_ids_it_puts_around_a_text(
+    smollm2_path: Path, tmp_path: Path, adds_bos: bool, adds_eos: bool
+) -> None:
+    checkpoint = GGUFCheckpoint(smollm2_path)
+    adds = {"tokenizer.ggml.add_bos_token": adds_bos, "tokenizer.ggml.add_eos_token": adds_eos}
+    tokenizer = Tokenizer.from_gguf({**checkpoint.tokenizer_metadata, **adds}, "x.gguf")
+    assert len(tokenizer.encode("a")) == 1 + adds_bos + adds_eos
+    assert_saved_as_it_was(tokenizer, tmp_path)
+
+
+def assert_saved_as_it_was(tokenizer: Tokenizer, folder: Path) -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    checkpoint = DummyCheckpoint(config, 0)
+    write_quantized(checkpoint, tokenizer, folder / "out", WeightFormat(), silent)
+    again = Tokenizer.from_folder(folder / "out")
+    for text in ("a b", ""):
+        assert again.encode(text) == tokenizer.encode(text)
+    assert again.eos_token_ids == tokenizer.eos_token_ids
+    assert SafetensorsCheckpoint(folder / "out").config.eos_token_ids == tokenizer.eos_token_ids
 
 
 def test_int8_of_a_file_is_requantised_only_when_a_size_is_stated(tmp_path: Path) -> None:

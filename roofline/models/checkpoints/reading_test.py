@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
     rope_theta=1e4,
     tie_word_embeddings=False,
 )
-Q, K, V, O = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkvo")
+Q, K, V, OUT = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkvo")
 GATE, UP, DOWN = (f"model.layers.1.mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
 
 
@@ -54,12 +54,12 @@ def test_every_matrix_has_a_group_and_nothing_else_has() -> None:
 
 
 def test_channel_is_the_width_of_each_matrix() -> None:
-    groups = tensor_groups(CONFIG, WeightFormat(group_size="channel"), {O: 32})
+    groups = tensor_groups(CONFIG, WeightFormat(group_size="channel"), {OUT: 32})
     assert groups == {name: shape[1] for name, shape in matrix_shapes(CONFIG).items()}
 
 
 def test_auto_keeps_the_groups_of_the_file() -> None:
-    native = {EMBEDDING: 32, HEAD: 64, O: 32, DOWN: 256, Q: 32, K: 32, V: 32}
+    native = {EMBEDDING: 32, HEAD: 64, OUT: 32, DOWN: 256, Q: 32, K: 32, V: 32}
     groups = tensor_groups(CONFIG, WeightFormat(), native)
     assert {name: group for name, group in groups.items() if group != 128} == native
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,7 +16,7 @@ from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.safetensors_folder import INDEX, SINGLE, SafetensorsCheckpoint
 from roofline.models.checkpoints.tensors import tensor_shapes
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 1,
@@ -29,7 +31,7 @@ def save_llama(folder: Path, **how: Any) -> LlamaForCausalLM:
     """A random model, saved by transformers."""
     shape = {key: how.pop(key) for key in list(how) if key not in ("dtype", "max_shard_size")}
     torch.manual_seed(5)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL | shape)).to(how.pop("dtype", torch.float32))
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **shape})).to(how.pop("dtype", torch.float32))
     model.save_pretrained(folder, **how)
     return model
 
@@ -389,3 +391,25 @@ def test_int8_folder_must_hold_what_its_config_says(
     changed: dict[str, torch.Tensor | None] = {**tensors, name: tensor}
     save_file({key: t for key, t in changed.items() if t is not None}, folder / SINGLE)
     assert says in refusal(folder).message
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_of_header_or_config_is_an_error_of_ours_or_none(
+    folder: Path, data: st.DataObject
+) -> None:
+    path = folder / data.draw(st.sampled_from([SINGLE, "config.json"]))
+    good = path.read_bytes()
+    spoilt = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, min(len(good), 1800) - 1))
+        spoilt[place] = data.draw(st.sampled_from(b'0179{}[]",:.-eEnx \x00\x80\xff'))
+    path.write_bytes(spoilt)
+    try:
+        checkpoint = SafetensorsCheckpoint(folder)
+        for name in tensor_shapes(checkpoint.config):
+            checkpoint.read(name)
+    except RooflineError as error:
+        assert str(folder) in error.message and "\n" not in error.message
+    finally:
+        path.write_bytes(good)

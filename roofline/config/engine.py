@@ -1,0 +1,204 @@
+"""Options of an engine: one schema for Python, the command line and the environment."""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from roofline.config.parallel import ParallelConfig
+from roofline.errors import UnsupportedError, UsageError, shown
+
+CHANNEL = "channel"  # one scale for a whole output channel
+GROUP_SIZES = (32, 64, 128, 256)
+DEFAULT_GROUP_SIZE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFormat:
+    """What a weight matrix becomes in memory: INT8 groups, or floats of the activations' dtype."""
+
+    quantization: Literal["int8", "none"] = "int8"
+    group_size: int | Literal["auto", "channel"] = "auto"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def group(self, columns: int, native: int | None) -> int:
+        """Columns of a matrix that share a scale; 0 for floats.
+
+        `native` is their number in the model's file, None where it has no groups.
+        """
+        if self.quantization == "none":
+            return 0
+        if self.group_size == CHANNEL:
+            return columns
+        if self.group_size == "auto":
+            return native or DEFAULT_GROUP_SIZE
+        return int(self.group_size)
+
+
+def _option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How to load and run a model: one schema for Python, command line and ROOFLINE_* options."""
+
+    load_format: Literal["auto", "dummy"] = _option(
+        "auto", "'dummy' makes seeded random weights of the model's shape, for any config or preset"
+    )
+    quantization: Literal["int8", "none"] = _option(
+        "int8", "'none' keeps weights as floats of --dtype"
+    )
+    group_size: Literal["auto", "channel"] | int = _option(
+        "auto",
+        "weights that share a scale: 32, 64, 128, 256 or channel; "
+        "auto keeps the groups of a file that is already INT8, else 128",
+    )
+    dtype: Literal["bfloat16", "float32"] = _option("bfloat16", "of activations and KV cache")
+    max_model_len: Literal["auto"] | int = _option(
+        "auto", "context in tokens; auto is the model's own, or the largest that fits", 1, 1 << 27
+    )
+    max_num_seqs: int = _option(32, "requests that run at once", 1, 4096)
+    max_num_batched_tokens: int = _option(512, "tokens computed in one step", 1, 1 << 20)
+    max_prefill_chunk: int | None = _option(
+        None, "most tokens of one request in one step; default: max_num_batched_tokens", 1, 1 << 20
+    )
+    enable_prefix_caching: bool = _option(True, "reuse the KV cache of shared prompt prefixes")
+    kv_cache_memory_bytes: int | None = _option(
+        None,
+        "size of the KV pool; default: what max_num_seqs contexts need, within the budget",
+        1,
+        1 << 50,
+    )
+    gpu_memory_utilization: float = _option(
+        0.5,
+        "share of the device's free memory (here: the host's) for weights, KV and activations",
+        0.01,
+        1.0,
+    )
+    block_size: int = _option(16, "tokens of a KV block", 1, 1024)
+    tensor_parallel_size: int = _option(1, "ranks that share each layer", 1, 1024)
+    pipeline_parallel_size: int = _option(1, "ranks that share the stack of layers", 1, 1024)
+    threads: int | None = _option(None, "CPU threads; default: as torch finds them", 1, 4096)
+    seed: int = _option(0, "of dummy weights and of requests that bring no seed", 0, (1 << 64) - 1)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(EngineConfig)
+        for field in dataclasses.fields(self):
+            _check_option(field.name, field, hints[field.name], getattr(self, field.name))
+        group = self.group_size
+        if type(group) is int and group not in GROUP_SIZES:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise UnsupportedError(
+                f"group_size {shown(group)} is not supported; supported: {sizes}, channel"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UsageError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least "
+                f"max_num_seqs, {self.max_num_seqs}, or some requests would never decode"
+            )
+        if self.quantization == "none" and group != "auto":
+            raise UsageError(f"group_size {group} does nothing with quantization 'none'; drop one")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) != 1:
+                raise UnsupportedError(
+                    f"{name} {getattr(self, name)}: this version runs one rank; "
+                    "`roofline fit` plans for more"
+                )
+
+    @classmethod
+    def from_options(
+        cls,
+        options: Mapping[str, Any],
+        environ: Mapping[str, str],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Options given by name over ROOFLINE_* variables over defaults; unknown names are refused.
+
+        `defaults` are a caller's own, where they differ from those of the class.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean '{near[0]}'?" if near else f"; options: {', '.join(known)}"
+                raise UsageError(f"unknown option '{name}'{hint}")
+        return cls(**{**(defaults or {}), **environment_options(environ), **options})
+
+    @property
+    def weights(self) -> WeightFormat:
+        """The format weights take in memory."""
+        return WeightFormat(self.quantization, self.group_size, self.dtype)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The ranks asked for."""
+        return ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size)
+
+
+def environment_options(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The engine options found in ROOFLINE_<NAME> variables, as values of their types."""
+    hints = get_type_hints(EngineConfig)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(EngineConfig):
+        variable = f"ROOFLINE_{field.name.upper()}"
+        if variable in environ:
+            value = parse_option(hints[field.name], environ[variable])
+            _check_option(variable, field, hints[field.name], value)
+            found[field.name] = value
+    return found
+
+
+def parse_option(hint: Any, text: str) -> Any:
+    """What an option's text means for its type; text that means nothing is left for the check."""
+    kinds = _members(hint)
+    if text in _choices(hint):
+        return text
+    if bool in kinds and text.lower() in _BOOLEANS:
+        return _BOOLEANS[text.lower()]
+    for kind in (int, float):
+        if kind in kinds:
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    return text
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return (
+        get_args(hint) if isinstance(hint, types.UnionType) or _is_typing_union(hint) else (hint,)
+    )
+
+
+def _is_typing_union(hint: Any) -> bool:
+    return get_origin(hint) is not None and get_origin(hint) is not Literal
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return tuple(c for m in _members(hint) if get_origin(m) is Literal for c in get_args(m))
+
+
+def _check_option(name: str, field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
+    """Refuse a value that is neither one of the choices nor a number within the bounds."""
+    choices, kinds = _choices(hint), [m for m in _members(hint) if isinstance(m, type)]
+    if value in choices or (value is None and type(None) in kinds):
+        return
+    if bool in kinds and type(value) is bool:
+        return
+    numeric = (int in kinds and type(value) is int) or (
+        float in kinds and type(value) in (int, float)
+    )
+    low, high = field.metadata["low"], field.metadata["high"]
+    if numeric and (low is None or low <= value <= high):  # NaN compares false
+        return
+    wanted = [repr(c) for c in choices]
+    if int in kinds or float in kinds:
+        kind = "an integer" if int in kinds else "a number"
+        wanted.append(kind if low is None else f"{kind} from {low} to {high}")
+    if bool in kinds:
+        wanted.append("true or false")
+    raise UsageError(f"{name} is {shown(value)}; it must be {' or '.join(wanted)}")

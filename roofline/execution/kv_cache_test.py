@@ -1,0 +1,38 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from roofline.budget import Rank, kv_block_bytes
+from roofline.config import PRESETS, ParallelConfig
+from roofline.errors import CapacityError
+from roofline.execution import kv_cache
+from roofline.execution.arena import storage_bytes
+
+MODEL = dataclasses.replace(PRESETS["llama-110m"], num_layers=5, num_heads=9, num_kv_heads=3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_pool_is_as_large_as_its_blocks_and_zero(dtype: str) -> None:
+    pool = kv_cache.allocate(MODEL, dtype, Rank(), 7, 16)
+    assert pool.shape == (5, 2, 7, 3, 16, 64)
+    assert pool.dtype == getattr(torch, dtype)
+    assert storage_bytes([pool]) == 7 * kv_block_bytes(MODEL, dtype, Rank(), 16)
+    assert pool.is_contiguous() and not pool.any()
+
+
+def test_a_rank_has_the_layers_and_heads_of_its_share() -> None:
+    rank = Rank(ParallelConfig(2, 2), tp_rank=1, stage=1)
+    pool = kv_cache.allocate(MODEL, "bfloat16", rank, 4, 8)
+    assert pool.shape == (2, 2, 4, 1, 8, 64)
+    assert storage_bytes([pool]) == 4 * kv_block_bytes(MODEL, "bfloat16", rank, 8)
+
+
+def test_memory_the_system_refuses_is_a_capacity_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size_bytes: int, dtype: type) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "zeros", refuse)
+    with pytest.raises(CapacityError, match="refuses a KV pool of 1,228,800 bytes; lower --kv"):
+        kv_cache.allocate(MODEL, "float32", Rank(), 10, 16)
