@@ -141,12 +141,12 @@ class _Writer:
 
     def _floats(self, file: BinaryIO, *weights: Tensor) -> None:
         for weight in weights:
-            file.write(_interleave(weight, self._heads(weight)).contiguous().numpy().tobytes())
+            file.write(interleave(weight, self._heads(weight)).contiguous().numpy().tobytes())
 
     def _int8(self, file: BinaryIO, *weights: Tensor, interleaved: bool = True) -> None:
         for weight in weights:
             heads = self._heads(weight) if interleaved else 0
-            flat = _interleave(weight, heads).reshape(-1, self._group)
+            flat = interleave(weight, heads).reshape(-1, self._group)
             scales = flat.abs().amax(1) / 127
             values = torch.where(scales[:, None] > 0, flat / scales[:, None], 0).round()
             file.write(values.to(torch.int8).numpy().tobytes() + scales.numpy().tobytes())
@@ -154,7 +154,7 @@ class _Writer:
             weight.copy_(_half_split(as_read, heads))
 
 
-def _interleave(rows: Tensor, heads: int) -> Tensor:
+def interleave(rows: Tensor, heads: int) -> Tensor:
     """From the order of Hugging Face to that in which rows 2i and 2i + 1 of a head rotate."""
     if not heads:
         return rows

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
-from roofline.errors import CheckpointError, UnsupportedError
+from roofline.errors import CheckpointError, UnsupportedError, shown
 from roofline.tokenizer.sentencepiece_bpe import (
     BYTE_OF_PIECE,
     SPACE,
@@ -35,12 +35,12 @@ def vocabulary_from_llama2c(path: str | os.PathLike[str]) -> Vocabulary:
     pieces[: len(_SPECIALS)] = [piece.strip("\n") for piece in pieces[: len(_SPECIALS)]]
     if tuple(pieces[: len(_SPECIALS)]) != _SPECIALS:
         raise UnsupportedError(
-            f"{file}: its first tokens are {pieces[: len(_SPECIALS)]!r:.80}; "
+            f"{file}: its first tokens are {shown(pieces[: len(_SPECIALS)])}; "
             f"supported: {', '.join(_SPECIALS)}, those of a SentencePiece model"
         )
     piece, count = Counter(pieces).most_common(1)[0]
     if count > 1:
-        raise CheckpointError(f"{file}: holds {piece!r:.80} {count} times; once is possible")
+        raise CheckpointError(f"{file}: holds {shown(piece)} {count} times; once is possible")
     bpe = sentencepiece_bpe(
         pieces,
         scores,
