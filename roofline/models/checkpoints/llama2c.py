@@ -139,9 +139,9 @@ def _map(path: Path) -> mmap.mmap:
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
     """Only what no header with sizes in bounds starts with."""
-    protocol, opcode = start[1:2], start[2:3]
-    starts_pickle = start.startswith(b"\x80") and b"\x02" <= protocol <= b"\x05"
-    if (starts_pickle and opcode >= b"\x10") or start.startswith(b"PK\x03\x04"):
+    may_be_dim = b"\0" <= start[2:3] < b"\x10"  # of 2**20 at most
+    starts_pickle = start.startswith(b"\x80") and b"\x02" <= start[1:2] <= b"\x05"
+    if (starts_pickle and not may_be_dim) or start.startswith(b"PK\x03\x04"):
         raise UnsupportedError(
             f"{path}: not loaded: a pickle can run code; give a safetensors folder, "
             "a .gguf file or a .bin file of llama2.c"

@@ -327,7 +327,8 @@ def test_a_model_whose_first_field_looks_like_a_pickle_is_loaded(tmp_path: Path)
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         (b"<!DOCTYPE html>", "is a web page"),
         (b"hello, this is no model at all, but text", "header: dim is 1819043176"),
-        (b"\x80\x04", "ends in its header, which takes 28 bytes"),
+        (b"\x80\x04", "a pickle can run code"),
+        (b"\x80\x04\0", "ends in its header, which takes 28 bytes"),
         (b"24ka", "ends in its header, which takes 256 bytes"),
         (b"(dp0\nS'a'\np1\nI1\ns." * 4, "header: dim is "),  # a pickle of protocol 0
     ],
