@@ -17,11 +17,7 @@ from tokenizers import AddedToken, decoders, models
 from roofline.errors import CheckpointError, UnsupportedError
 from roofline.tokenizer.pretokenizers import pre_tokenizer_rule
 from roofline.tokenizer.sentencepiece_bpe import sentencepiece_bpe, sentencepiece_bytes
-from roofline.tokenizer.vocabulary import (
-    Vocabulary,
-    byte_level_bytes,
-    refusing_bad_vocabulary,
-)
+from roofline.tokenizer.vocabulary import Vocabulary, byte_level_bytes, refusing_bad_vocabulary
 
 Kind = TypeVar("Kind")
 
@@ -129,7 +125,7 @@ class _SentencePiece:
                 "with model 'llama'; supported: false"
             )
         normalization = keys.get("precompiled_charsmap", np.ndarray)
-        if normalization is not None and len(normalization):
+        if normalization is not None and normalization.size:
             raise UnsupportedError(
                 f"{keys.source}: tokenizer.ggml.precompiled_charsmap is not supported; "
                 "supported: text as it is"
