@@ -319,12 +319,16 @@ class _Sizing:
         needed = step.blocks_per_row * self._block_bytes()
         room = max(0, self._kv_room(activation_bytes, available_bytes))
         weights = self.weights.weight_bytes + self.weights.scale_bytes
-        fits = f"--max-model-len {largest} is the largest that fits" if largest else "none fits"
+        fits = (
+            f"--max-model-len {largest} is the largest that fits"
+            if largest
+            else "none fits; lower --max-num-seqs"
+        )
         given = self.config.kv_cache_memory_bytes is not None
         return (
             f"a context of {asked} tokens needs {needed:,} bytes of KV cache, and {room:,} are "
             f"left for it beside {weights:,} of weights and {activation_bytes:,} of step buffers; "
-            f"{fits}, or raise {'--kv-cache-memory-bytes' if given else '--gpu-memory-utilization'}"
+            f"{fits} or raise {'--kv-cache-memory-bytes' if given else '--gpu-memory-utilization'}"
         )
 
     def _step(self, length: int) -> tuple[StepShape, int]:

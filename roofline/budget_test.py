@@ -260,5 +260,8 @@ def test_a_pool_of_given_size_ignores_the_share_but_not_the_memory() -> None:
 
 
 def test_memory_too_small_for_the_weights_fits_no_context() -> None:
-    with pytest.raises(CapacityError, match=r"0 are left .* none fits, or raise --gpu-memory-util"):
+    with pytest.raises(
+        CapacityError,
+        match=r"0 are left .* none fits; lower --max-num-seqs or raise --gpu-memory-util",
+    ):
         plan(1000)

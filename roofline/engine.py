@@ -24,6 +24,10 @@ class WorkerGroup(Protocol):
         """Wait for the oldest submitted step; a failure of any rank is raised here."""
         ...
 
+    def reset(self) -> None:
+        """Drop the results that were not collected."""
+        ...
+
     def close(self) -> None:
         """Stop the ranks and free their memory."""
         ...
@@ -51,17 +55,26 @@ class Engine:
         return self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenOutput]:
-        """Keep the workers supplied with plans, and return what the oldest one brought."""
-        while len(self._in_flight) < self._workers.max_in_flight:
-            plan = self._scheduler.schedule()
-            if plan is None:
-                break
-            self._workers.submit(plan)
-            self._in_flight.append(plan)
-        if not self._in_flight:
-            return []
-        result = self._workers.collect()
-        return self._scheduler.update(self._in_flight.popleft(), result)
+        """Keep the workers supplied with plans, and return what the oldest one brought.
+
+        A step that fails ends every request, without another output; the next one starts afresh.
+        """
+        try:
+            while len(self._in_flight) < self._workers.max_in_flight:
+                plan = self._scheduler.schedule()
+                if plan is None:
+                    break
+                self._in_flight.append(plan)
+                self._workers.submit(plan)
+            if not self._in_flight:
+                return []
+            result = self._workers.collect()
+            return self._scheduler.update(self._in_flight.popleft(), result)
+        except BaseException:  # an interrupt too: not all that was planned has been computed
+            self._scheduler.reset()
+            self._workers.reset()
+            self._in_flight.clear()
+            raise
 
     def stats(self) -> SchedulerStats:
         """Count where every request and block is."""

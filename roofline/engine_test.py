@@ -123,6 +123,9 @@ class FailingWorkers:
         self.die("collect")
         return StepResult([1], [1])
 
+    def reset(self) -> None:
+        pass
+
     def close(self) -> None:
         self.closed = True
 
@@ -140,6 +143,48 @@ def test_a_failure_of_the_workers_reaches_the_caller_as_it_is(dies_at: str) -> N
         engine.step()
     engine.close()
     assert workers.closed
+
+
+class StumblingWorkers(KvWorkers):
+    """Fail the n-th call, as an interrupt would, before anything is computed."""
+
+    fails_in = 0
+
+    def submit(self, plan: StepPlan) -> None:
+        self.stumble()
+        super().submit(plan)
+
+    def collect(self) -> StepResult:
+        self.stumble()
+        return super().collect()
+
+    def stumble(self) -> None:
+        self.fails_in -= 1
+        if not self.fails_in:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+@pytest.mark.parametrize("fails_in", range(1, 12))
+def test_after_a_failed_step_the_next_request_reads_nothing_that_was_not_computed(
+    max_in_flight: int, fails_in: int
+) -> None:
+    workers = StumblingWorkers(CONFIG, max_in_flight)
+    scheduler = Scheduler(CONFIG)
+    engine = Engine(scheduler, workers)
+    prompt, sampling = [7] * 40, SamplingParams(max_tokens=5)
+    for turn in range(3):
+        request = Request(f"r{turn}", prompt, sampling, seed=turn)
+        engine.add(workers.expect(request))
+        workers.fails_in = 0 if turn == 2 else fails_in
+        try:
+            tokens = run_all(engine)
+        except KeyboardInterrupt:
+            scheduler.check()
+            assert not engine.has_unfinished and engine.stats().num_used_blocks == 0
+            continue
+        wanted, _ = answer(request, CONFIG, prompt)
+        assert tokens == {request.request_id: wanted}
 
 
 def test_the_engine_imports_neither_torch_nor_numpy() -> None:

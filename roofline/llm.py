@@ -20,7 +20,7 @@ from roofline import execution
 from roofline.budget import RankBudget
 from roofline.config import EngineConfig, ModelConfig
 from roofline.engine import Engine
-from roofline.errors import RequestError
+from roofline.errors import RequestError, UsageError, shown
 from roofline.models.checkpoints.tensors import tensor_shapes
 from roofline.models.opening import open_model
 from roofline.request import Request, SamplingParams, TokenLogprobs, TokenOutput, child_seed
@@ -89,6 +89,8 @@ class LLM:
         return llm
 
     def _start(self, model: str, config: EngineConfig) -> None:
+        if not isinstance(model, str):
+            raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
         opened = open_model(model, config.load_format, config.seed)
         try:
             with loading_bar("Loading", opened.checkpoint.config) as progress:
@@ -135,7 +137,10 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
-        """Complete one prompt, yielding its growing output after every step that adds to it."""
+        """Complete one prompt, yielding its output after every step that adds to it.
+
+        It is one object that grows: take what you need of it before the next.
+        """
         asked = self._generations([prompt], sampling_params, None)
         for generation in self._run(asked):
             yield generation.output
@@ -167,7 +172,8 @@ class LLM:
     ) -> list["_Generation"]:
         """Everything asked for, checked; nothing has reached the engine."""
         listed = _list_prompts(prompts)
-        each = _spread("sampling_params", params or SamplingParams(), SamplingParams, len(listed))
+        params = SamplingParams() if params is None else params
+        each = _spread("sampling_params", params, SamplingParams, len(listed))
         priorities = _spread("priority", 0 if priority is None else priority, int, len(listed))
         return [
             self._generation(prompt, own, rank)
@@ -196,15 +202,15 @@ class LLM:
     def _prompt_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text of a prompt, if it came as text, and its token ids."""
         if isinstance(prompt, Mapping):
-            if set(prompt) == {"prompt_token_ids"}:
-                return None, list(prompt["prompt_token_ids"])
-            if set(prompt) != {"prompt"}:
+            if set(prompt) not in ({"prompt"}, {"prompt_token_ids"}):
                 raise RequestError(
                     "a prompt object holds 'prompt' or 'prompt_token_ids', nothing else"
                 )
-            prompt = prompt["prompt"]
+            (prompt,) = prompt.values()
         if isinstance(prompt, str):
             return prompt, self.get_tokenizer().encode(prompt)
+        if not isinstance(prompt, Sequence):
+            raise RequestError(f"a prompt is {shown(prompt)}; it must be text or token ids")
         return None, list(prompt)
 
     def _eos_token_ids(self) -> tuple[int, ...]:
@@ -216,6 +222,8 @@ class LLM:
         found = []
         for word in params.bad_words or ():
             encode = self.get_tokenizer().encode
+            if not word.strip():
+                raise RequestError(f"bad_words has {shown(word)}; it must hold more than spaces")
             bare = encode(word.lstrip(), add_special_tokens=False)
             spaced = encode(" " + word.lstrip(), add_special_tokens=False)
             found.append(bare)
@@ -231,20 +239,27 @@ class LLM:
                 for request in generation.requests:
                     self._engine.add(request)
                     self._alive[request.request_id] = generation
-            while True:
+            while mine & self._alive.keys() or any(generation.has_news for generation in asked):
                 for generation in asked:
-                    if generation.take_news():
+                    if generation.has_news:
+                        generation.has_news = False
                         yield generation
-                if not mine & self._alive.keys():
-                    return
-                self._step()
+                if mine & self._alive.keys():
+                    self._step()
         finally:
             for request_id in mine & self._alive.keys():
                 self._drop(request_id)
 
     def _step(self) -> None:
         """Run one step; what it brings goes to whoever asked, this caller or another."""
-        for output in self._engine.step():
+        try:
+            outputs = self._engine.step()
+        except BaseException:  # the engine has ended every request, this caller's and others'
+            for request_id, generation in self._alive.items():
+                generation.abort(request_id)
+            self._alive.clear()
+            raise
+        for output in outputs:
             generation = self._alive[output.request_id]
             generation.take(output)
             if generation.ended(output.request_id):
@@ -267,7 +282,7 @@ class _Generation:
         self._params, self._tokenizer = first.sampling, tokenizer
         self._children = {r.request_id: index for index, r in enumerate(requests)}
         self._streams = [self._text_stream() for _ in requests]
-        self._has_news = False
+        self.has_news = False  # the output has grown since it was last given out
         self.output = RequestOutput(
             request_id=first.request_id.partition("-")[0],
             prompt=prompt,
@@ -289,10 +304,11 @@ class _Generation:
             after=self.requests[0].tokens,
         )
 
-    def take_news(self) -> bool:
-        """Whether the output has grown since this was last asked."""
-        news, self._has_news = self._has_news, False
-        return news
+    def abort(self, request_id: str) -> None:
+        """End a child whose step has failed."""
+        self.output.outputs[self._children[request_id]].finish_reason = "abort"
+        self.output.finished = all(o.finish_reason is not None for o in self.output.outputs)
+        self.has_news = True
 
     def ended(self, request_id: str) -> bool:
         """Whether a child has its finish reason."""
@@ -302,7 +318,7 @@ class _Generation:
         """Add what a step brought to one child: ids, text, log-probabilities, its end."""
         child = self._children[new.request_id]
         answer, metrics = self.output.outputs[child], self.output.metrics
-        self._has_news = True
+        self.has_news = True
         metrics.last_token_time = time.monotonic()
         metrics.first_token_time = metrics.first_token_time or metrics.last_token_time
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, new.num_cached_tokens)
@@ -338,7 +354,11 @@ class _Generation:
         """The token itself first, then the likeliest; the shape vLLM returns."""
         ranked = [(token.token_id, token.logprob, token.rank)]
         ranked += [(i, logprob, rank) for rank, (i, logprob) in enumerate(token.top, 1)]
-        return {i: Logprob(p, rank, self._token_text(i)) for i, p, rank in reversed(ranked)}
+        found: dict[int, Logprob] = {}
+        for token_id, logprob, rank in ranked:
+            if token_id not in found:
+                found[token_id] = Logprob(logprob, rank, self._token_text(token_id))
+        return found
 
     def _token_text(self, token_id: int) -> str | None:
         """A token as text; None for a padding row of the embedding, or without a tokenizer."""
@@ -386,6 +406,10 @@ def _spread(name: str, value: Any, kind: type, count: int) -> list[Any]:
     """One value for each prompt, from one for all or a list of as many."""
     if isinstance(value, kind):
         return [value] * count
-    if not isinstance(value, Sequence) or len(value) != count:
-        raise RequestError(f"{name} must be one for all prompts or a list of {count}, one for each")
-    return list(value)
+    listed = list(value) if isinstance(value, Sequence) else []
+    if len(listed) != count or not all(isinstance(item, kind) for item in listed):
+        raise RequestError(
+            f"{name} is {shown(value)}; it must be one {kind.__name__} for all prompts or "
+            f"a list of {count}, one for each"
+        )
+    return listed

@@ -11,6 +11,7 @@ import pytest
 
 from roofline import LLM, SamplingParams
 from roofline.errors import CapacityError, RequestError, UnsupportedError, UsageError
+from roofline.execution.runner import ModelRunner
 from roofline.request import child_seed
 from tests.tiny_model import CONTEXT, write_tiny_model
 
@@ -138,7 +139,7 @@ def test_logprobs_have_the_sampled_token_and_the_likeliest(llm: LLM) -> None:
     output = answer.outputs[0]
     assert output.logprobs is not None and answer.prompt_logprobs is not None
     for token, entry in zip(output.token_ids, output.logprobs, strict=True):
-        assert token in entry and 3 <= len(entry) <= 4
+        assert next(iter(entry)) == token and 3 <= len(entry) <= 4
         ranks = sorted(e.rank for e in entry.values())
         assert ranks[:3] == [1, 2, 3]
     total = sum(e[t].logprob for t, e in zip(output.token_ids, output.logprobs, strict=True))
@@ -193,6 +194,10 @@ PROMPT_REFUSALS: dict[str, tuple[Any, str]] = {
     "an unknown key": ({"text": "abc"}, "prompt_token_ids"),
     "a number": (5, "prompts"),
     "half a surrogate pair": ("\ud800", "surrogate"),
+    "a number among prompts": (["abc", 5], "a prompt is 5"),
+    "nothing among prompts": ([None], "a prompt is None"),
+    "an object of a number": ({"prompt": 5}, "a prompt is 5"),
+    "ids that are a number": ({"prompt_token_ids": 5}, "a prompt is 5"),
 }
 
 
@@ -230,6 +235,37 @@ def test_lists_of_parameters_must_match_the_prompts(llm: LLM) -> None:
         llm.generate(["abc", "xyz"], [GREEDY])
     with pytest.raises(RequestError, match="priority"):
         llm.generate(["abc", "xyz"], GREEDY, priority=[1])
+    wrong: list[Any] = ["x", [None], []]
+    for params in wrong:
+        with pytest.raises(RequestError, match="sampling_params"):
+            llm.generate("abc", params)
+
+
+def test_a_blank_bad_word_is_named(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="bad_words has ' '"):
+        llm.generate("abc", sampled(bad_words=["x", " "]))
+
+
+def test_an_interrupted_step_ends_what_ran_and_harms_nothing_after(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "a prompt of some blocks, so that a prefix could be found in the cache"
+    with LLM(str(folder), dtype="float32") as llm:
+        expected = llm.generate(prompt, GREEDY)[0].outputs
+    with LLM(str(folder), dtype="float32") as llm:
+        waiting = llm.stream(prompt, GREEDY)
+        next(waiting)
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelRunner, "run", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(prompt, GREEDY)
+        assert [output.outputs[0].finish_reason for output in waiting] == ["abort"]
+        answer = llm.generate(prompt, GREEDY)[0]
+        assert answer.num_cached_tokens == 0 and answer.outputs == expected
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_unknown_and_unsupported_options_are_refused_by_name(folder: Path) -> None:

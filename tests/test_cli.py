@@ -209,7 +209,13 @@ def start_endless(model: str) -> subprocess.Popen[bytes]:
         [*COMMAND, "run", model, "Hello", "--ignore-eos"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=_heed_interrupts,
     )
+
+
+def _heed_interrupts() -> None:
+    """A shell that ran the tests in the background has told them, and so us, to ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])

@@ -107,8 +107,6 @@ def _problems(facts: Mapping[str, Any]) -> Iterator[str]:
     threads, cores = facts.get("threads", 1), facts["usable_cores"]
     if threads > cores:
         yield f"torch runs {threads} threads on {cores} usable cores; set ROOFLINE_THREADS={cores}"
-    if facts["cuda" if "cuda" in facts else "nvidia_driver"]:
-        yield "there is a GPU, but this version runs on the CPU; nothing to do"
     folder = facts["cache_folder"]
     if not _is_writable(Path(folder)):
         yield f"{folder} cannot be written; set ROOFLINE_CACHE to a folder that can"
@@ -120,8 +118,8 @@ def _problems(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_writable(folder: Path) -> bool:
     """Whether a file can be made in the folder, or in the nearest above it that exists."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=nearest):
             return True
     except OSError:

@@ -80,6 +80,8 @@ def fit(
     chosen = {**_DEFAULTS, **environment_options(os.environ), **given}
     names = ("tensor_parallel_size", "pipeline_parallel_size")
     parallel = ParallelConfig(**{name: chosen.pop(name) for name in names if name in chosen})
+    if memory is not None and chosen.get("kv_cache_memory_bytes") is not None:
+        raise UsageError("--memory says what KV pool fits; drop --kv-cache-memory-bytes")
     plan = Plan.of(*models.opening.describe(model), EngineConfig.from_options(chosen, {}), parallel)
     report = {
         "model": model,

@@ -201,3 +201,8 @@ def test_a_person_gets_a_table_and_two_answers(capsys: pytest.CaptureFixture[str
     assert "a rank: fits; the most is" in out
     assert "3350 GB/s a rank: up to" in out
     assert max(map(len, out.splitlines()[1:6])) <= 80
+
+
+def test_a_pool_of_given_size_and_the_question_what_fits_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="drop --kv-cache-memory-bytes"):
+        fit("llama-110m", memory="1", kv_cache_memory_bytes=1_000_000_000)

@@ -61,6 +61,10 @@ class InProcessWorkers:
         """The result of the oldest plan not yet collected."""
         return self._results.popleft()
 
+    def reset(self) -> None:
+        """Drop the results that were not collected."""
+        self._results.clear()
+
     def storage_bytes(self) -> dict[str, int]:
         """Bytes of the storages this rank owns, counted from the tensors themselves."""
         rank = self._rank()

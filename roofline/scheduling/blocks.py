@@ -102,6 +102,13 @@ class BlockPool:
             self._block_of[digest] = block
             self._digest_of[block] = digest
 
+    def forget(self) -> None:
+        """Take every block out of the prefix cache; unowned ones become free."""
+        self._free += self._cached
+        self._cached.clear()
+        self._block_of.clear()
+        self._digest_of.clear()
+
     def digest(self, block: int) -> bytes | None:
         """Return what the prefix cache knows the block by."""
         return self._digest_of.get(block)

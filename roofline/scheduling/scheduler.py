@@ -158,6 +158,13 @@ class Scheduler:
         self._leave(request)
         return True
 
+    def reset(self) -> None:
+        """End every request and forget what is cached: some planned step was never computed."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self._issued.clear()
+        self._pool.forget()
+
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when there is nothing to compute before a result arrives."""
         issued = _Issued(StepPlan(self._stats.num_steps))

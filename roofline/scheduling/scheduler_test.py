@@ -57,6 +57,9 @@ class KvWorkers:
         assert len(self.plans) < self.max_in_flight
         self.plans.append(StepPlan.decode(plan.encode()))
 
+    def reset(self) -> None:
+        self.plans.clear()
+
     def collect(self) -> StepResult:
         plan = self.plans.popleft()
         for start in plan.starts:

@@ -4,6 +4,7 @@ The files are untrusted: whatever would change an answer and is not done here is
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import sys
@@ -255,7 +256,12 @@ def _rope_fields(config: ModelConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling
     if config.rope_factors is not None:
-        return rope | {"rope_type": "factors", "factors": list(config.rope_factors)}
+        factors = config.rope_factors
+        if scaling is not None:  # a GGUF file may have both: what they come to is written
+            plain = dataclasses.replace(config, rope_factors=None, rope_scaling=None)
+            pairs = zip(plain.rope_frequencies(), config.rope_frequencies(), strict=True)
+            factors = tuple(whole / stretched for whole, stretched in pairs)
+        return rope | {"rope_type": "factors", "factors": list(factors)}
     if scaling is None:
         return rope
     rope |= {"rope_type": scaling.kind, "factor": scaling.factor}

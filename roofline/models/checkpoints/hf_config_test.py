@@ -296,6 +296,18 @@ def test_written_config_reads_back_as_it_was(tmp_path: Path, config: ModelConfig
     assert read_config(tmp_path) == (config, groups)
 
 
+def test_written_factors_and_scaling_give_the_same_frequencies(tmp_path: Path) -> None:
+    both = dataclasses.replace(
+        PRESETS["llama-110m"],
+        rope_factors=(1.5, 2.0) * 16,
+        rope_scaling=RopeScaling("linear", 4.0),
+    )
+    groups = dict.fromkeys(matrix_shapes(both), 128)
+    written(tmp_path, write_config(both, WeightFormat(), groups))
+    read, _ = read_config(tmp_path)
+    assert read.rope_frequencies() == pytest.approx(both.rope_frequencies(), rel=1e-15)
+
+
 def written_quantization(folder: Path, size: Any, groups: dict[str, int]) -> dict[str, Any]:
     """What is written for groups of the 110M preset, having checked that it reads back."""
     config = PRESETS["llama-110m"]
