@@ -301,6 +301,7 @@ class _Generation:
             stop=self._params.stop or (),
             include_stop_str_in_output=self._params.include_stop_str_in_output,
             skip_special_tokens=self._params.skip_special_tokens,
+            after=self.requests[0].tokens,
         )
 
     def abort(self, request_id: str) -> None:

@@ -14,6 +14,7 @@ from roofline.models.checkpoints import Checkpoint
 from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from roofline.models.checkpoints.hf_config import read_config
+from roofline.models.checkpoints.llama2c import Llama2cCheckpoint
 from roofline.models.checkpoints.safetensors_folder import SafetensorsCheckpoint
 from roofline.models.hub import resolve
 from roofline.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ class OpenedModel:
 
 
 def open_model(reference: str, load_format: str, seed: int) -> OpenedModel:
-    """Open a built-in name, a .gguf file, a safetensors folder, or (dummy) a preset's shape."""
+    """Open a built-in name, a .gguf or .bin file, a safetensors folder, or (dummy) a preset."""
     dummy = load_format == "dummy"
     if dummy and reference in PRESETS:
         return OpenedModel(DummyCheckpoint(PRESETS[reference], seed), None)
@@ -43,7 +44,7 @@ def describe(reference: str) -> tuple[ModelConfig, NativeGroups]:
     path = resolve(reference, presets=PRESETS)
     if path.is_dir():
         return _folder_config(path)
-    with contextlib.closing(_gguf(path)) as checkpoint:
+    with contextlib.closing(_checkpoint(path)) as checkpoint:
         return checkpoint.config, checkpoint.native_groups
 
 
@@ -58,9 +59,12 @@ def _open_folder(folder: Path, dummy: bool, seed: int) -> OpenedModel:
 
 def _open_file(path: Path, dummy: bool, seed: int) -> OpenedModel:
     with contextlib.ExitStack() as unless_kept:
-        checkpoint = _gguf(path)
+        checkpoint = _checkpoint(path)
         unless_kept.callback(checkpoint.close)
-        tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata, str(path))
+        if isinstance(checkpoint, GGUFCheckpoint):
+            tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata, str(path))
+        else:
+            tokenizer = _tokenizer_beside(path, dummy)
         _check_vocabulary(path, checkpoint.config, tokenizer)
         if dummy:
             return OpenedModel(DummyCheckpoint(checkpoint.config, seed), tokenizer)
@@ -69,22 +73,41 @@ def _open_file(path: Path, dummy: bool, seed: int) -> OpenedModel:
 
 
 def _folder_config(folder: Path) -> tuple[ModelConfig, NativeGroups]:
-    """`read_config` of a folder; one that only holds a GGUF file is told apart."""
-    ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs and not (folder / "config.json").exists():
-        raise UsageError(f"{folder}: no config.json; to run a GGUF file, name it: {ggufs[0]}")
+    """`read_config` of a folder; one that holds a model in one file is told to name that."""
+    files = sorted([*folder.glob("*.gguf"), *folder.glob("*.bin")])
+    models = [file for file in files if file.name != "tokenizer.bin"]
+    if models and not (folder / "config.json").exists():
+        kind = "GGUF" if models[0].suffix == ".gguf" else ".bin"
+        raise UsageError(f"{folder}: no config.json; to run a {kind} file, name it: {models[0]}")
     return read_config(folder)
 
 
-def _gguf(path: Path) -> GGUFCheckpoint:
-    """The file as GGUF; files that are known to be something else are told so."""
+def _checkpoint(path: Path) -> GGUFCheckpoint | Llama2cCheckpoint:
+    """The file as its name says; files that are known to be something else are told so."""
+    if path.suffix == ".bin":
+        return Llama2cCheckpoint(path)
     if path.suffix in (".safetensors", ".json"):
         raise UsageError(f"{path}: a part of a model; name the folder that holds it: {path.parent}")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+    if path.suffix in (".pt", ".pth", ".ckpt", ".pkl"):
         raise UnsupportedError(
-            f"{path}: not loaded: a pickle can run code; give a .gguf file or a safetensors folder"
+            f"{path}: not loaded: a pickle can run code; give a safetensors folder, "
+            "a .gguf file or a .bin file of llama2.c"
         )
     return GGUFCheckpoint(path)
+
+
+def _tokenizer_beside(path: Path, dummy: bool) -> Tokenizer | None:
+    """The tokenizer in a .bin file's folder: llama2.c's, or else Hugging Face's."""
+    own = path.with_name("tokenizer.bin")
+    if own.exists():
+        return Tokenizer.from_llama2c(own)
+    if path.with_name("tokenizer.json").exists():
+        return Tokenizer.from_folder(path.parent)
+    if dummy:
+        return None
+    raise UsageError(
+        f"{path}: holds no tokenizer; put its tokenizer.bin (or tokenizer.json) into {path.parent}"
+    )
 
 
 def _check_vocabulary(path: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> None:

@@ -14,9 +14,12 @@ from roofline.config import PRESETS
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError, UsageError
 from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.checkpoints.gguf_checkpoint import GGUFCheckpoint
+from roofline.models.checkpoints.llama2c import Llama2cCheckpoint
 from roofline.models.checkpoints.safetensors_folder import SINGLE, SafetensorsCheckpoint
 from roofline.models.checkpoints.tensors import EMBEDDING
 from roofline.models.opening import describe, open_model
+from tests import sentencepiece_model
+from tests.llama2c_writer import random_llama, write_model
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 tokens
 
@@ -119,11 +122,50 @@ def test_pickles_are_never_loaded(tmp_path: Path, name: str) -> None:
     assert not marker.exists()
 
 
-def test_folder_of_a_gguf_file_is_told_to_name_the_file(tmp_path: Path) -> None:
-    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+@pytest.mark.parametrize("name", ["some.gguf", "stories.bin"])
+def test_folder_of_a_model_in_one_file_is_told_to_name_the_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.bin").write_bytes(b"")
+    (tmp_path / name).write_bytes(b"GGUF")
     error = refusal(tmp_path)
     assert isinstance(error, UsageError)
-    assert f"name it: {tmp_path / 'some.gguf'}" in error.message
+    assert f"name it: {tmp_path / name}" in error.message
+
+
+@pytest.fixture
+def llama2c(tmp_path: Path) -> Path:
+    """A random model in a .bin file, without its tokenizer."""
+    model = random_llama(vocab_size=sentencepiece_model.SIZE)
+    return write_model(model, tmp_path / "stories.bin", "v2", 32)
+
+
+def test_llama2c_opens_with_the_tokenizer_beside_it(llama2c: Path, tmp_path: Path) -> None:
+    sentencepiece_model.write_tokenizer_json(tmp_path, "metaspace", chat_template="{{ 'x' }}")
+    for name, template in {"tokenizer.json": True, "tokenizer.bin": False}.items():
+        if name == "tokenizer.bin":  # the file's own
+            sentencepiece_model.write_tokenizer_bin(tmp_path / name)
+        opened = open_model(str(llama2c), "auto", 0)
+        assert isinstance(opened.checkpoint, Llama2cCheckpoint)
+        assert opened.tokenizer is not None
+        assert (opened.tokenizer.chat_template is not None) == template
+        assert opened.tokenizer.decode(opened.tokenizer.encode("the river")) == "the river"
+        assert describe(str(llama2c)) == (opened.checkpoint.config, opened.checkpoint.native_groups)
+        opened.checkpoint.close()
+
+
+def test_llama2c_without_tokenizer_names_the_file_it_needs(llama2c: Path) -> None:
+    error = refusal(llama2c)
+    assert isinstance(error, UsageError)
+    assert "holds no tokenizer; put its tokenizer.bin (or tokenizer.json) into" in error.message
+    opened = open_model(str(llama2c), "dummy", 0)
+    assert isinstance(opened.checkpoint, DummyCheckpoint)
+    assert opened.tokenizer is None
+    assert describe(str(llama2c))[0] == opened.checkpoint.config
+
+
+def test_tokenizer_bin_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = write_model(random_llama(vocab_size=400), tmp_path / "stories.bin", "v0")
+    sentencepiece_model.write_tokenizer_bin(tmp_path / "tokenizer.bin")
+    assert "the tokenizer has 600 tokens, but the embedding 400 rows" in refusal(path).message
 
 
 def test_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -170,12 +212,12 @@ def test_unknown_reference_names_the_nearest(tmp_path: Path) -> None:
             look("llama-110")
 
 
-def test_describing_imports_no_torch(folder: Path, smollm2_path: Path) -> None:
+def test_describing_imports_no_torch(folder: Path, llama2c: Path, smollm2_path: Path) -> None:
     code = (
         "import sys; from roofline.models.opening import describe\n"
         "for reference in sys.argv[1:]: describe(reference)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    references = [str(folder), str(smollm2_path), "llama-3.1-70b"]
+    references = [str(folder), str(llama2c), str(smollm2_path), "llama-3.1-70b"]
     command = [sys.executable, "-W", "error", "-c", code, *references]
     subprocess.run(command, check=True)

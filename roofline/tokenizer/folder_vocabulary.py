@@ -6,7 +6,7 @@ library; here is checked what it would not refuse in words.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,18 +14,29 @@ import tokenizers
 from tokenizers import AddedToken
 
 from roofline.errors import CheckpointError, UnsupportedError
-from roofline.tokenizer.vocabulary import Vocabulary, refusing_bad_vocabulary
+from roofline.tokenizer.sentencepiece_bpe import SPACE, sentencepiece_bytes
+from roofline.tokenizer.vocabulary import Vocabulary, byte_level_bytes, refusing_bad_vocabulary
 
 Kind = TypeVar("Kind")
 
 _MAX_FILE_BYTES = 1 << 27
 _MAX_ID = 1 << 24
 
+# The decoders of SentencePiece's pieces; the last where encoding puts a space before a text.
+_SENTENCEPIECE_STEPS: list[dict[str, Any]] = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+]
+
 
 def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
     """Check and build from tokenizer.json; the other files need not be there."""
     folder = Path(path)
-    bpe, size = _read_tokenizer(folder / "tokenizer.json")
+    fields = _Fields(folder / "tokenizer.json")
+    piece_bytes, leads_with_space = _decoding(fields)
+    bpe, size = _read_tokenizer(fields)
     config = _Fields(folder / "tokenizer_config.json", required=False)
     bos_token, bos = _named_token(config, "bos_token", bpe)
     eos_token, eos = _named_token(config, "eos_token", bpe)
@@ -46,6 +57,8 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
         suffix=suffix,
         chat_template=_chat_template(folder / "chat_template.jinja", config),
         template_tokens={name: text for name, text in named.items() if text is not None},
+        piece_bytes=piece_bytes,
+        leads_with_space=leads_with_space,
     )
 
 
@@ -77,17 +90,33 @@ class _Fields:
         return CheckpointError(f"{self.file}: {name} {fault}")
 
 
-def _read_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, int]:
+def _decoding(fields: _Fields) -> tuple[Callable[[str], bytes], bool]:
+    """What a piece stands for, and whether a text's first space is taken off, by the decoder."""
+    model, decoder = fields.get("model.type", str), fields.get("decoder.type", str)
+    if model != "BPE":
+        raise UnsupportedError(
+            f"{fields.file}: model.type {model} is not supported; supported: BPE"
+        )
+    if decoder == "ByteLevel":
+        return byte_level_bytes, False
+    steps = fields.get("decoder.decoders", list)
+    if decoder != "Sequence" or steps not in (_SENTENCEPIECE_STEPS, _SENTENCEPIECE_STEPS[:-1]):
+        raise UnsupportedError(
+            f"{fields.file}: decoder.type {decoder} is not supported as it is here; supported: "
+            "ByteLevel, and SentencePiece's Sequence (Replace, ByteFallback, Fuse, perhaps Strip)"
+        )
+    if fields.get("pre_tokenizer.type", str) == "Sequence":  # which may hide a Metaspace
+        raise UnsupportedError(
+            f"{fields.file}: pre_tokenizer.type Sequence is not supported with SentencePiece's "
+            "decoder; supported: Metaspace, or none"
+        )
+    return sentencepiece_bytes, steps == _SENTENCEPIECE_STEPS
+
+
+def _read_tokenizer(fields: _Fields) -> tuple[tokenizers.Tokenizer, int]:
     """The tokenizer of a file and the size of its vocabulary."""
-    fields = _Fields(file)
-    for name, supported in {"model.type": "BPE", "decoder.type": "ByteLevel"}.items():
-        kind = fields.get(name, str)
-        if kind != supported:
-            raise UnsupportedError(
-                f"{file}: {name} {kind} is not supported; supported: {supported} (byte-level BPE)"
-            )
     size = _vocabulary_size(fields)
-    with refusing_bad_vocabulary(str(file)):
+    with refusing_bad_vocabulary(str(fields.file)):
         bpe = tokenizers.Tokenizer.from_str(fields.text)
         bpe.no_truncation()
         bpe.no_padding()
@@ -109,7 +138,7 @@ def _vocabulary_size(fields: _Fields) -> int:
         raise fields.wrong("model.vocab", "is missing or empty")
     for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
         if fields.get(f"model.{affix}", str):
-            raise fields.wrong(f"model.{affix}", "is set; a byte-level BPE has none")
+            raise fields.wrong(f"model.{affix}", "is set; supported: none")
     added = fields.get("added_tokens", list) or []
     for index, token in enumerate(added):
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):

@@ -14,6 +14,7 @@ from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
 from roofline.tokenizer.tokenizer import Tokenizer
 from roofline.tokenizer.vocabulary_test import CHATML
+from tests.sentencepiece_model import write_tokenizer_json
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll")]
@@ -100,6 +101,25 @@ def test_a_post_processor_with_an_id_outside_the_vocabulary_is_refused(tmp_path:
         vocabulary_from_folder(folder(tmp_path, tokenizer))
 
 
+def test_a_hidden_metaspace_is_refused(tmp_path: Path) -> None:
+    file = write_tokenizer_json(tmp_path, "metaspace") / "tokenizer.json"
+    value = json.loads(file.read_text())
+    value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [value["pre_tokenizer"]]}
+    file.write_text(json.dumps(value))
+    with pytest.raises(UnsupportedError, match=r"pre_tokenizer\.type Sequence is not supported"):
+        vocabulary_from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"start": 2}, {"stop": 1}, {"content": "x"}])
+def test_decoding_that_strips_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    file = write_tokenizer_json(tmp_path, "prepend") / "tokenizer.json"
+    value = json.loads(file.read_text())
+    value["decoder"]["decoders"][-1] |= changes
+    file.write_text(json.dumps(value))
+    with pytest.raises(UnsupportedError, match=r"decoder\.type Sequence is not supported as it is"):
+        vocabulary_from_folder(tmp_path)
+
+
 def test_truncation_and_padding_set_in_the_file_are_not_done(tmp_path: Path) -> None:
     tokenizer = original()
     tokenizer.enable_truncation(4)
@@ -170,6 +190,12 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model": {"type": "Unigram", "vocab": []}}, "model.type Unigram"),
     "model of another type": ({"model": 3}, "model.type None"),
     "another decoder": ({"decoder": {"type": "Metaspace"}}, "decoder.type Metaspace"),
+    "no decoder": ({"decoder": None}, "decoder.type None is not supported as it is here"),
+    "decoders of another model": (
+        {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}]}},
+        "decoder.type Sequence is not supported as it is here; supported: ByteLevel, and Sent"),
+    "decoders are no list": (
+        {"decoder": {"type": "Sequence", "decoders": 3}}, "decoder.decoders is int"),
     "no vocabulary": ({"model.vocab": {}}, "model.vocab is missing or empty"),
     "vocabulary is a list": ({"model.vocab": ["a"]}, "model.vocab is list; it must be dict"),
     "negative id": ({"model.vocab": {"a": -1}}, "gives 'a' the id -1"),
@@ -179,7 +205,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "merge unknown": ({"model.merges": [["h", "zzz"]]}, "is no usable tokenizer: .*zzz"),
     "merge of one": ({"model.merges": ["h"]}, "is no usable tokenizer"),
     "merge beyond its pieces": ({"model.continuing_subword_prefix": "#" * 99}, "is set"),
-    "word ends": ({"model.end_of_word_suffix": "</w>"}, "is set; a byte-level BPE has none"),
+    "word ends": ({"model.end_of_word_suffix": "</w>"}, "is set; supported: none"),
     "bad pattern": (
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
                            "invert": False}}, "is no usable tokenizer"),

@@ -1,24 +1,28 @@
 """A vocabulary from the `tokenizer.*` keys of a GGUF file, each checked before it is used.
 
-The file is untrusted. How text is cut into words is in `pretokenizers`.
+The file is untrusted. How text is cut into words is in `pretokenizers`; how SentencePiece's merges
+are rebuilt is in `sentencepiece_bpe`.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models
 
 from roofline.errors import CheckpointError, UnsupportedError
-from roofline.tokenizer.pretokenizers import PreTokenizerRule, pre_tokenizer_rule
-from roofline.tokenizer.vocabulary import Vocabulary, refusing_bad_vocabulary
+from roofline.tokenizer.pretokenizers import pre_tokenizer_rule
+from roofline.tokenizer.sentencepiece_bpe import sentencepiece_bpe, sentencepiece_bytes
+from roofline.tokenizer.vocabulary import Vocabulary, byte_level_bytes, refusing_bad_vocabulary
 
 Kind = TypeVar("Kind")
 
-# ggml's token types; the others are normal 1, unused 5, byte 6
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+# ggml's token types; the others are unused 5, byte 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = range(1, 5)
 _TYPES = range(1, 7)
 
 _ENDS = ("eos", "eot", "eom")
@@ -33,32 +37,25 @@ _TEMPLATE_NAMES = {
 def vocabulary_from_gguf(metadata: Mapping[str, object], source: str) -> Vocabulary:
     """Check and build; `source` is the file's name for messages."""
     keys = _Keys(metadata, source)
-    model = keys.require("model", str)
-    if model != "gpt2":
-        raise UnsupportedError(
-            f"{source}: tokenizer.ggml.model '{model}' is not supported; "
-            "supported: gpt2 (byte-level BPE)"
-        )
-    if keys.get("add_space_prefix", bool):
-        raise UnsupportedError(
-            f"{source}: tokenizer.ggml.add_space_prefix true is not supported "
-            "with model 'gpt2'; supported: false"
-        )
-    rule = pre_tokenizer_rule(keys.require("pre", str), source)
+    kind = _kind(keys)
     tokens = _tokens(keys)
+    types = _types(keys, len(tokens))
     names = (*_ENDS, *_TEMPLATE_NAMES.values())
     ids = {name: _token_id(keys, name, len(tokens)) for name in names}
+    for name, token in kind.usual_ids.items():
+        if ids[name] is None and token < len(tokens) and types[token] in (_UNKNOWN, _CONTROL):
+            ids[name] = token
     ends = [token for name in _ENDS if (token := ids[name]) is not None]
     named = {*ends} if ids["bos"] is None else {*ends, ids["bos"]}
-    bpe = _bpe(keys, tokens, rule)
-    bpe.add_tokens(_added_tokens(keys, tokens, named))
+    bpe = kind.bpe(tokens, types)
+    bpe.add_tokens(_added_tokens(tokens, types, named))
     return Vocabulary(
         source=source,
         bpe=bpe,
         size=len(tokens),
         bos_token_id=ids["bos"],
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        prefix=_added(keys, "bos", ids, default=rule.adds_bos),
+        prefix=_added(keys, "bos", ids, default=kind.adds_bos),
         suffix=_added(keys, "eos", ids, default=False),
         chat_template=keys.get("tokenizer.chat_template", str),
         template_tokens={
@@ -66,7 +63,98 @@ def vocabulary_from_gguf(metadata: Mapping[str, object], source: str) -> Vocabul
             for variable, name in _TEMPLATE_NAMES.items()
             if (token := ids[name]) is not None
         },
+        piece_bytes=kind.piece_bytes,
+        leads_with_space=kind.leads_with_space,
     )
+
+
+def _kind(keys: "_Keys") -> "_ByteLevel | _SentencePiece":
+    model = keys.require("model", str)
+    if model == "gpt2":
+        return _ByteLevel(keys)
+    if model == "llama":
+        return _SentencePiece(keys)
+    raise UnsupportedError(
+        f"{keys.source}: tokenizer.ggml.model '{model}' is not supported; "
+        "supported: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
+    )
+
+
+class _ByteLevel:
+    """The model 'gpt2': merges are in the file, and how text is cut before them has a name."""
+
+    usual_ids: Mapping[str, int] = MappingProxyType({})
+    leads_with_space = False
+
+    def __init__(self, keys: "_Keys") -> None:
+        self._keys = keys
+        if keys.get("add_space_prefix", bool):
+            raise UnsupportedError(
+                f"{keys.source}: tokenizer.ggml.add_space_prefix true is not supported "
+                "with model 'gpt2'; supported: false"
+            )
+        self._rule = pre_tokenizer_rule(keys.require("pre", str), keys.source)
+        self.adds_bos = self._rule.adds_bos
+        self.piece_bytes = byte_level_bytes
+
+    def bpe(self, tokens: list[str], types: NDArray[np.int64]) -> tokenizers.Tokenizer:
+        """Build without added tokens."""
+        ids = {token: index for index, token in enumerate(tokens)}
+        merges = _merges(self._keys, ids)
+        with refusing_bad_vocabulary(self._keys.source):
+            model = models.BPE(vocab=ids, merges=merges, ignore_merges=self._rule.ignore_merges)
+            bpe = tokenizers.Tokenizer(model)
+        bpe.pre_tokenizer = self._rule.split()
+        bpe.decoder = decoders.ByteLevel()
+        if self._rule.normalizer is not None:
+            bpe.normalizer = self._rule.normalizer()
+        return bpe
+
+
+class _SentencePiece:
+    """The model 'llama': merges follow from scores; what is not said is as in llama.cpp."""
+
+    usual_ids: Mapping[str, int] = MappingProxyType({"unknown": 0, "bos": 1, "eos": 2})
+    adds_bos = True
+
+    def __init__(self, keys: "_Keys") -> None:
+        self._keys = keys
+        if keys.get("remove_extra_whitespaces", bool):
+            raise UnsupportedError(
+                f"{keys.source}: tokenizer.ggml.remove_extra_whitespaces true is not supported "
+                "with model 'llama'; supported: false"
+            )
+        normalization = keys.get("precompiled_charsmap", np.ndarray)
+        if normalization is not None and normalization.size:
+            raise UnsupportedError(
+                f"{keys.source}: tokenizer.ggml.precompiled_charsmap is not supported; "
+                "supported: text as it is"
+            )
+        leads = keys.get("add_space_prefix", bool)
+        self.leads_with_space = True if leads is None else leads
+        self.piece_bytes = sentencepiece_bytes
+
+    def bpe(self, tokens: list[str], types: NDArray[np.int64]) -> tokenizers.Tokenizer:
+        """Build without added tokens."""
+        scores = np.asarray(self._keys.require("scores", np.ndarray))
+        if scores.shape != types.shape or scores.dtype.kind != "f":
+            raise self._keys.wrong(
+                "scores",
+                f"has shape {scores.shape} {scores.dtype}; it needs {len(tokens)} floats",
+            )
+        strange = np.flatnonzero(~np.isfinite(scores))
+        if strange.size:
+            index = int(strange[0])
+            raise self._keys.wrong(f"scores[{index}]", f"is {scores[index]}; it must be finite")
+        unknown = np.flatnonzero(types == _UNKNOWN)
+        return sentencepiece_bpe(
+            tokens,
+            scores.tolist(),
+            np.flatnonzero(types == _NORMAL).tolist(),
+            unknown=tokens[unknown[0]] if unknown.size else None,
+            leads_with_space=self.leads_with_space,
+            source=self._keys.source,
+        )
 
 
 class _Keys:
@@ -119,16 +207,18 @@ def _tokens(keys: _Keys) -> list[str]:
     return tokens
 
 
-def _bpe(keys: _Keys, tokens: list[str], rule: PreTokenizerRule) -> tokenizers.Tokenizer:
-    ids = {token: index for index, token in enumerate(tokens)}
-    with refusing_bad_vocabulary(keys.source):
-        model = models.BPE(vocab=ids, merges=_merges(keys, ids), ignore_merges=rule.ignore_merges)
-        bpe = tokenizers.Tokenizer(model)
-    bpe.pre_tokenizer = rule.split()
-    bpe.decoder = decoders.ByteLevel()
-    if rule.normalizer is not None:
-        bpe.normalizer = rule.normalizer()
-    return bpe
+def _types(keys: _Keys, n_tokens: int) -> NDArray[np.int64]:
+    """The type of each token, [n_tokens]."""
+    types = np.asarray(keys.require("token_type", np.ndarray))
+    if types.shape != (n_tokens,) or types.dtype.kind not in "iu":
+        raise keys.wrong(
+            "token_type", f"has shape {types.shape} {types.dtype}; it needs {n_tokens} integers"
+        )
+    strange = np.flatnonzero(~np.isin(types, _TYPES))
+    if strange.size:
+        index = int(strange[0])
+        raise keys.wrong(f"token_type[{index}]", f"is {types[index]}; it must be from 1 to 6")
+    return types.astype(np.int64)
 
 
 def _merges(keys: _Keys, ids: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -144,17 +234,10 @@ def _merges(keys: _Keys, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     return merges
 
 
-def _added_tokens(keys: _Keys, tokens: Sequence[str], named: Set[int]) -> list[AddedToken]:
+def _added_tokens(
+    tokens: Sequence[str], types: NDArray[np.int64], named: Set[int]
+) -> list[AddedToken]:
     """Tokens that are found in a text before it is cut into words; the `named` are special."""
-    types = np.asarray(keys.require("token_type", np.ndarray))
-    if types.shape != (len(tokens),) or types.dtype.kind not in "iu":
-        raise keys.wrong(
-            "token_type", f"has shape {types.shape} {types.dtype}; it needs {len(tokens)} integers"
-        )
-    strange = np.flatnonzero(~np.isin(types, _TYPES))
-    if strange.size:
-        index = int(strange[0])
-        raise keys.wrong(f"token_type[{index}]", f"is {types[index]}; it must be from 1 to 6")
     special = {*np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL))).tolist(), *named}
     added = special.union(np.flatnonzero(types == _USER_DEFINED).tolist())
     return [

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.gguf import GGUFFile
 from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
+from roofline.tokenizer.tokenizer import Tokenizer
 from roofline.tokenizer.vocabulary_test import ENDOFTEXT, IM_END, IM_START, SIZE, small_metadata
+from tests.sentencepiece_model import gguf_metadata, trained
 
 TOKENS = small_metadata()["tokenizer.ggml.tokens"]
 TYPES = small_metadata()["tokenizer.ggml.token_type"]
@@ -102,7 +104,7 @@ def test_bad_metadata_is_refused_by_file_and_key(changes: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, r"model 'llama' is not supported; supported: gpt2"),
+        ({"model": "bert"}, r"model 'bert' is not supported; supported: gpt2 .*, llama"),
         ({"pre": "tekken"}, r"pre 'tekken' is not supported; supported: default, gpt-2"),
         ({"add_space_prefix": True}, r"add_space_prefix true is not supported"),
     ],
@@ -114,8 +116,76 @@ def test_what_is_not_supported_is_refused_with_what_is(
         vocabulary_from_gguf(small_metadata(**changes), "model.gguf")
 
 
+def test_sentencepiece_needs_no_more_than_pieces_types_and_scores() -> None:
+    names = ("bos_token_id", "eos_token_id", "unknown_token_id", "add_bos_token", "pre")
+    left_out = dict.fromkeys((*names, "add_eos_token", "add_space_prefix"))
+    vocabulary = vocabulary_from_gguf(gguf_metadata(**left_out), "model.gguf")
+    assert vocabulary.bpe.encode("the river").ids == trained().encode("the river")
+    assert (vocabulary.bos_token_id, vocabulary.eos_token_ids) == (1, (2,))
+    assert (vocabulary.prefix, vocabulary.suffix) == ((1,), ())
+    assert vocabulary.leads_with_space
+    assert vocabulary.template_tokens == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+
+
+def test_sentencepiece_follows_what_the_file_says() -> None:
+    metadata = gguf_metadata(add_bos_token=False, add_eos_token=True, eot_token_id=300)
+    vocabulary = vocabulary_from_gguf(metadata, "model.gguf")
+    assert (vocabulary.prefix, vocabulary.suffix) == ((), (2,))
+    assert vocabulary.eos_token_ids == (2, 300)
+    assert vocabulary.bpe.get_added_tokens_decoder()[300].special
+
+
+def test_tokens_a_converter_pads_with_are_never_made_of_text() -> None:
+    metadata = gguf_metadata()
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    changes = {
+        "tokens": [*tokens, "the r", "<tool>"],
+        "token_type": np.append(types, [5, 4]).astype(np.int32),  # unused, user-defined
+        "scores": np.append(metadata["tokenizer.ggml.scores"], [9, 0]).astype(np.float32),
+    }
+    tokenizer = Tokenizer.from_gguf(gguf_metadata(**changes), "model.gguf")
+    assert tokenizer.encode("the r")[1:] == trained().encode("the r")
+    assert tokenizer.encode("a<tool>")[-1] == len(tokens) + 1
+    assert tokenizer.decode(tokenizer.encode("a<tool>b")) == "a<tool> b"  # as in llama.cpp
+
+
+SCORES = gguf_metadata()["tokenizer.ggml.scores"]
+PIECES = gguf_metadata()["tokenizer.ggml.tokens"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": None}, r"tokenizer\.ggml\.scores is missing"),
+        ({"scores": [0.5] * 600}, r"scores is list; it must be ndarray"),
+        ({"scores": SCORES[:-1]}, r"scores has shape \(599,\) float32; it needs 600 floats"),
+        ({"scores": SCORES.astype(np.int8)}, r"scores has shape \(600,\) int8"),
+        ({"scores": SCORES.reshape(1, -1)}, r"scores has shape \(1, 600\)"),
+        ({"scores": np.append(SCORES[:-1], np.nan)}, r"scores\[599\] is nan; it must be finite"),
+        ({"tokens": [*PIECES[:-1], "x" * 300]}, r"token 599 is 300 characters long; at most 256"),
+        ({"tokens": [*PIECES[:-1], "\ud800"]}, r"is no usable tokenizer"),
+        ({"token_type": None}, r"token_type is missing"),
+        ({"bos_token_id": 600}, r"bos_token_id is 600, outside the vocabulary of 600"),
+        ({"add_space_prefix": 1}, r"add_space_prefix is int; it must be bool"),
+        ({"remove_extra_whitespaces": True}, r"remove_extra_whitespaces true is not supported"),
+        ({"precompiled_charsmap": np.ones(4, np.uint8)}, r"precompiled_charsmap is not supported"),
+    ],
+)
+def test_bad_sentencepiece_metadata_is_refused_by_file_and_key(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RooflineError, match=rf"^model\.gguf: .*{message}") as error:
+        vocabulary_from_gguf(gguf_metadata(**changes), "model.gguf")
+    assert "\n" not in error.value.message
+
+
 @given(
-    st.sampled_from(sorted(small_metadata())),
+    st.booleans(),
+    st.sampled_from(sorted(small_metadata().keys() | gguf_metadata().keys())),
     st.one_of(
         *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
         st.lists(st.one_of(st.text(max_size=3), st.integers()), max_size=3),
@@ -123,9 +193,12 @@ def test_what_is_not_supported_is_refused_with_what_is(
         st.lists(st.sampled_from(["h e", " h", "h ", " ", "", "e h", "Ġ Ġ"]), max_size=5),
     ),
 )
-def test_any_value_of_any_key_is_taken_or_refused_never_a_crash(key: str, value: object) -> None:
+def test_any_value_of_any_key_is_taken_or_refused_never_a_crash(
+    sentencepiece: bool, key: str, value: object
+) -> None:
+    good = gguf_metadata() if sentencepiece else small_metadata()
     try:
-        vocabulary_from_gguf(small_metadata() | {key: value}, "model.gguf")
+        vocabulary_from_gguf(good | {key: value}, "model.gguf")
     except RooflineError as error:
         assert error.message.startswith("model.gguf: ")
 

@@ -13,9 +13,11 @@ from roofline.tokenizer.tokenizer import Tokenizer
 class TextStream:
     """Turns one answer's token ids into text that is safe to show.
 
-    What is shown, joined, is the decoded text without an unfinished character at its end. The first
-    stop string to be completed ends it; of several completed by the same character, the longest.
-    That does not depend on how the text was cut into tokens. The work is linear in the text.
+    What is shown, joined, is the decoded text without an unfinished character at its end; `after`
+    are ids that the text goes on from (they decode to whole characters), so that a first space is
+    kept where there is text before it. The first stop string to be completed ends it; of several
+    completed by the same character, the longest. That does not depend on how the text was cut into
+    tokens. The work is linear in the text.
     """
 
     def __init__(
@@ -25,10 +27,12 @@ class TextStream:
         stop: str | Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
+        after: Iterable[int] = (),
     ) -> None:
         self.stopped_by: str | None = None
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._begins_text = self._hidden.issuperset(after)
         self._includes_stop = include_stop_str_in_output
         self._stops = [_StopString(text) for text in ([stop] if isinstance(stop, str) else stop)]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -48,6 +52,8 @@ class TextStream:
             for token in token_ids
             if token < known and token not in self._hidden
         )
+        if self._begins_text and data:
+            self._begins_text, data = False, self._tokenizer.without_lead(data)
         new = self._decoder.decode(data)
         if not may_stop:
             self._shown.append(new)

@@ -1,7 +1,8 @@
 """The tokenizer of a model: text to ids, ids to text, messages to ids.
 
-Byte-level BPE by the `tokenizers` library. Where vocabularies come from is in `gguf_vocabulary` and
-`folder_vocabulary`; how messages are kept from forging special tokens is in `placeholders`.
+BPE by the `tokenizers` library, over bytes or as SentencePiece has it. Where vocabularies come from
+is in `gguf_vocabulary`, `folder_vocabulary` and `llama2c_vocabulary`; how messages are kept from
+forging special tokens is in `placeholders`.
 """
 
 import json
@@ -11,14 +12,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
+from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from roofline.errors import CheckpointError, RequestError
 from roofline.tokenizer.chat_template import ChatTemplate
 from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
 from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
+from roofline.tokenizer.llama2c_vocabulary import vocabulary_from_llama2c
 from roofline.tokenizer.placeholders import SpecialTexts, render_untrusted
-from roofline.tokenizer.vocabulary import BYTE_OF_CHARACTER, Vocabulary
+from roofline.tokenizer.vocabulary import Vocabulary
 
 _MAX_SPECIAL_CHARACTERS = 1024
 
@@ -34,6 +37,9 @@ class Tokenizer:
         self._prefix, self._suffix = vocabulary.prefix, vocabulary.suffix
         self._parsing = vocabulary.bpe  # finds special tokens in a text
         self._plain = _without_specials(vocabulary.bpe)  # takes them for text
+        self._plain_within = _within_text(self._plain)  # for text that follows other text
+        self._piece_bytes = vocabulary.piece_bytes
+        self._leads_with_space = vocabulary.leads_with_space
         added = vocabulary.bpe.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self._added_texts = {id: token.content for id, token in added.items()}
@@ -54,6 +60,11 @@ class Tokenizer:
         """Build from the tokenizer.json of a model folder and the files beside it."""
         return cls(vocabulary_from_folder(path))
 
+    @classmethod
+    def from_llama2c(cls, path: str | os.PathLike[str]) -> Self:
+        """Build from llama2.c's tokenizer.bin."""
+        return cls(vocabulary_from_llama2c(path))
+
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
     ) -> list[int]:
@@ -65,10 +76,14 @@ class Tokenizer:
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Turn ids into text; bytes that are no UTF-8 become U+FFFD."""
+        """Turn ids that begin a text into it; bytes that are no UTF-8 become U+FFFD."""
         hidden = self.special_ids if skip_special_tokens else frozenset()
         data = b"".join(self.token_bytes(id) for id in ids if id not in hidden)
-        return data.decode("utf-8", "replace")
+        return self.without_lead(data).decode("utf-8", "replace")
+
+    def without_lead(self, data: bytes) -> bytes:
+        """The bytes of the ids that begin a text, without a space that is of the encoding only."""
+        return data.removeprefix(b" ") if self._leads_with_space else data
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for, which may be a part of a character."""
@@ -79,11 +94,7 @@ class Tokenizer:
         added = self._added_texts.get(id)
         if added is not None:
             return added.encode()
-        piece = self._plain.id_to_token(id) or ""  # a folder's ids may have holes
-        try:
-            return bytes(map(BYTE_OF_CHARACTER.__getitem__, piece))
-        except KeyError:  # not written in the byte-level alphabet: the piece is its own text
-            return piece.encode()
+        return self._piece_bytes(self._plain.id_to_token(id) or "")  # a folder's may have holes
 
     def token_text(self, id: int) -> str:
         """A token as text to show by itself; U+FFFD for parts of characters."""
@@ -106,9 +117,9 @@ class Tokenizer:
             if isinstance(part, str):
                 text += part
             else:
-                ids += [*self._encode_text(text), part]
+                ids += [*self._encode_text(text, within=bool(ids)), part]
                 text = ""
-        return ids + self._encode_text(text)
+        return ids + self._encode_text(text, within=bool(ids))
 
     def render_chat(
         self,
@@ -170,8 +181,9 @@ class Tokenizer:
     def _parse(self, text: str) -> list[int]:
         return self._parsing.encode(_checked(text), add_special_tokens=False).ids
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids = self._plain.encode(_checked(text), add_special_tokens=False).ids
+    def _encode_text(self, text: str, *, within: bool = False) -> list[int]:
+        plain = self._plain_within if within else self._plain
+        ids = plain.encode(_checked(text), add_special_tokens=False).ids
         if not self.special_ids.isdisjoint(ids):  # a vocabulary whose merges make a special token
             token = next(id for id in ids if id in self.special_ids)
             raise RequestError(
@@ -200,6 +212,22 @@ def _without_specials(bpe: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     plain.add_tokens([token for _, token in sorted(bpe.get_added_tokens_decoder().items())])
     plain.encode_special_tokens = True
     return plain
+
+
+def _within_text(plain: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, for text before which something stands.
+
+    It differs where a space goes before the first word only; the library cannot know of what was
+    encoded before.
+    """
+    words = plain.pre_tokenizer
+    if not isinstance(words, pre_tokenizers.Metaspace) or words.prepend_scheme != "first":
+        return plain
+    within = _without_specials(plain)
+    within.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=words.replacement, prepend_scheme="never", split=words.split
+    )
+    return within
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -176,6 +176,17 @@ def test_no_bos_is_added_to_the_templates_own() -> None:
     assert tokenizer.encode("x", add_special_tokens=False) == [ord("x")]
 
 
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True)])
+def test_ids_around_a_text_are_saved_with_the_tokenizer(
+    tmp_path: Path, bos: bool, eos: bool
+) -> None:
+    metadata = small_metadata(add_bos_token=bos, add_eos_token=eos)
+    tokenizer = Tokenizer.from_gguf(metadata, "small.gguf")
+    tokenizer.save(tmp_path)
+    expected = [IM_START] * bos + [ord("x")] + [IM_END] * eos
+    assert tokenizer.encode("x") == Tokenizer.from_folder(tmp_path).encode("x") == expected
+
+
 def test_special_tokens_in_a_text_are_text_unless_asked_for() -> None:
     text = "x<|im_end|><tool>"
     ids = SMALL.encode(text)

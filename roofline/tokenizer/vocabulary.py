@@ -1,27 +1,12 @@
 """What a tokenizer is built from, whichever file it came in; no reading and no encoding here."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import tokenizers
 
 from roofline.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A byte-level BPE and the ids that stand for more than text, checked against each other."""
-
-    source: str  # the file, for messages
-    bpe: tokenizers.Tokenizer  # it finds its special tokens in a text
-    size: int  # one more than the largest id
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    prefix: tuple[int, ...] = ()  # ids the model wants before a text
-    suffix: tuple[int, ...] = ()  # and after it
-    chat_template: str | None = None
-    template_tokens: Mapping[str, str] = field(default_factory=dict)  # such as bos_token: '<s>'
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -37,6 +22,31 @@ def _byte_of_character() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def byte_level_bytes(piece: str) -> bytes:
+    """The bytes of a piece of a byte-level BPE; one not in its alphabet is its own text."""
+    try:
+        return bytes(map(BYTE_OF_CHARACTER.__getitem__, piece))
+    except KeyError:
+        return piece.encode()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A BPE and the ids that stand for more than text, checked against each other."""
+
+    source: str  # the file, for messages
+    bpe: tokenizers.Tokenizer  # it finds its special tokens in a text
+    size: int  # one more than the largest id
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()  # ids the model wants before a text
+    suffix: tuple[int, ...] = ()  # and after it
+    chat_template: str | None = None
+    template_tokens: Mapping[str, str] = field(default_factory=dict)  # such as bos_token: '<s>'
+    piece_bytes: Callable[[str], bytes] = byte_level_bytes  # what a token that is text stands for
+    leads_with_space: bool = False  # decoding takes off the space that encoding puts before a text
 
 
 @contextmanager
