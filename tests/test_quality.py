@@ -46,4 +46,5 @@ def test_int8_costs_less_than_half_a_percent(
     smollm2_path: Path, text: str, group_size: str | int
 ) -> None:
     found = nll(smollm2_path, text, group_size=group_size)
-    assert abs(math.expm1((found - FLOAT32_NLL) / (2 * SCORED))) < 0.005
+    # Over two windows the noise is as large as the cost itself, so the line is drawn above both.
+    assert math.expm1((found - FLOAT32_NLL) / (2 * SCORED)) < 0.005
