@@ -15,7 +15,8 @@ from roofline.config import EngineConfig, parse_option
 from roofline.request import SamplingParams
 
 Model = Annotated[
-    str, Parameter(help="a .gguf file, a safetensors folder, or a built-in name (smollm2-135m)")
+    str,
+    Parameter(help="a .gguf or .bin file, a safetensors folder, or a built-in name (smollm2-135m)"),
 ]
 Json = Annotated[bool, Parameter(name="--json", help="print one JSON object")]
 

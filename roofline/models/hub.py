@@ -192,7 +192,8 @@ def _unknown(reference: str, presets: Collection[str]) -> str:
 
 def _accepted() -> str:
     return (
-        "give the path of a .gguf file or of a safetensors folder, or a built-in name: "
+        "give the path of a .gguf file, of a llama2.c .bin file or of a safetensors folder, "
+        "or a built-in name: "
         f"{', '.join(BUILTIN_MODELS)}"
     )
 
