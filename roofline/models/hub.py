@@ -310,8 +310,13 @@ def _refused(model: BuiltinModel, why: str) -> DownloadError:
 
 
 def _folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`, which another process is filling."""
-    return sum(_size(path) or 0 for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files below `folder`, which another process is filling and emptying.
+
+    os.walk passes over a folder that vanishes on the way; Path.rglob raises.
+    """
+    return sum(
+        _size(Path(parent, name)) or 0 for parent, _, names in os.walk(folder) for name in names
+    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -197,6 +197,31 @@ def test_offline_error_names_every_place_tried(tmp_path: Path) -> None:
     assert files_below(tmp_path) == []
 
 
+def test_folder_removed_by_pip_while_its_bytes_are_counted_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked = tmp_path / "scratch" / "pip-unpack"
+    unpacked.mkdir(parents=True)
+    (tmp_path / "scratch" / "wheel").write_bytes(b"12345")
+    scandir = os.scandir
+    counted: list[int] = []
+
+    def scan_too_late(folder: str) -> object:
+        if unpacked.exists() and Path(folder) == unpacked:
+            unpacked.rmdir()
+        return scandir(folder)
+
+    package = tmp_path / "modules" / "pip"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("import time\ntime.sleep(0.5)\n")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setattr(os, "scandir", scan_too_late)
+    hub.run_pip([], tmp_path / "scratch", counted.append)
+    assert not unpacked.exists()
+    assert set(counted) == {5}
+
+
 def test_python_without_pip_is_told_how_to_get_it(tmp_path: Path) -> None:
     pip = failing_pip(f"{sys.executable}: No module named pip\n")
     with pytest.raises(DownloadError, match="has no pip; install it with 'python -m ensurepip'"):
