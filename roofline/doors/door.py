@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
-from roofline import execution
+from roofline import execution, grammars
 from roofline.budget import RankBudget
 from roofline.config import EngineConfig, ModelConfig
 from roofline.doors.generation import Generation
@@ -22,6 +22,7 @@ from roofline.models.opening import open_model
 from roofline.request import Request, SamplingParams, child_seed
 from roofline.scheduling.limits import SchedulerConfig
 from roofline.scheduling.scheduler import Scheduler
+from roofline.structured_outputs import TokenMatcher
 from roofline.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -65,6 +66,8 @@ class Door:
         self.budget: RankBudget = workers.budget
         self.storage_bytes: Callable[[], dict[str, int]] = workers.storage_bytes
         self._tokenizer = opened.tokenizer
+        self._eos_token_ids = _eos_token_ids(shape, opened.tokenizer)
+        self._grammars: grammars.compiler.GrammarCompiler | None = None  # with the first to need it
         self._engine = Engine(Scheduler(_scheduler_config(config, workers.budget, shape)), workers)
         self._numbers = itertools.count()  # of requests, in the order they were asked for
 
@@ -93,15 +96,17 @@ class Door:
         """A prompt as checked requests, which have not reached the engine."""
         text, ids = self._prompt_ids(prompt)
         seed = child_seed(self.config.seed, number) if params.seed is None else params.seed
+        matchers = self._matchers(params)
         requests = [
             Request(
                 f"{number}-{child}",
                 ids,
                 params,
                 seed=seed if params.n == 1 else child_seed(seed, child),
-                eos_token_ids=self._eos_token_ids(),
+                eos_token_ids=self._eos_token_ids,
                 bad_words_ids=self._bad_words_ids(params),
                 priority=priority,
+                matcher=matchers[child],
             )
             for child in range(params.n)
         ]
@@ -135,9 +140,17 @@ class Door:
             raise RequestError(f"a prompt is {shown(prompt)}; it must be text or token ids")
         return None, list(prompt)
 
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        own = self._tokenizer.eos_token_ids if self._tokenizer else ()
-        return tuple(dict.fromkeys((*self.model_config.eos_token_ids, *own)))
+    def _matchers(self, params: SamplingParams) -> Sequence[TokenMatcher | None]:
+        """What the text of each of the n answers must be like."""
+        if params.structured_outputs is None:
+            return [None] * params.n
+        if self._tokenizer is None:
+            raise RequestError("structured_outputs need a tokenizer, and this model has none")
+        if self._grammars is None:
+            self._grammars = grammars.compiler.GrammarCompiler(
+                self._tokenizer, self._eos_token_ids, self.model_config.vocab_size
+            )
+        return self._grammars.matchers(params, params.structured_outputs)
 
     def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as ids, at the start of a text and, where as long, after a space (vLLM)."""
@@ -152,6 +165,11 @@ class Door:
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
                 found.append(spaced)
         return found
+
+
+def _eos_token_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    own = tokenizer.eos_token_ids if tokenizer else ()
+    return tuple(dict.fromkeys((*model.eos_token_ids, *own)))
 
 
 def _check_chat_options(options: ChatOptions) -> None:
