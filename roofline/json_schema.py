@@ -149,8 +149,11 @@ def _check_numbers(name: str, value: object) -> None:
         if name in _INSTANCES:  # other objects are schemas, and checked by themselves
             for each in value.values():
                 _check_numbers(name, each)
-    elif isinstance(value, (int, float)) and not -_EXACT <= value <= _EXACT:
-        if _INT64_BOUNDS.get(name) != value:
-            raise RequestError(
-                f"{name} holds {shown(value)}; numbers are enforced exactly from -2**53 to 2**53"
-            )
+    elif isinstance(value, (int, float)) and not _is_exact(name, value):
+        raise RequestError(
+            f"{name} holds {shown(value)}; numbers are enforced exactly from -2**53 to 2**53"
+        )
+
+
+def _is_exact(name: str, value: float) -> bool:
+    return -_EXACT <= value <= _EXACT or value == _INT64_BOUNDS.get(name)

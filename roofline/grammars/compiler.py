@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from roofline.errors import RequestError
@@ -69,16 +69,12 @@ class GrammarCompiler:
         arguments = {"kind": kind, "source": source, "whitespace": whitespace}
         try:
             return self._sandbox.call(f"{_TRIAL}:trial", arguments, limit_s=_TRIAL_S)
-        except RequestError as error:
-            raise RequestError(error.message, param="structured_outputs") from None
         except TimeoutError:
             fault = f"longer than {_TRIAL_S:g} s"
         except MemoryError:
             fault = f"more than {_TRIAL_BYTES >> 20} MB, or too deep a stack,"
         self._sandbox.start(_TRIAL)  # for the next request: this child has been killed
-        raise RequestError(
-            f"{kind} took {fault} to compile; make it simpler", param="structured_outputs"
-        )
+        raise RequestError(f"{kind} took {fault} to compile; make it simpler")
 
 
 class GrammarMatcher:
@@ -88,8 +84,9 @@ class GrammarMatcher:
         self._grammar, self._allowed = grammar, allowed
         self._matcher: LLMatcher | None = None  # a copy of the grammar's, from the first token on
         text = allowed.text & grammar.first
-        ends = allowed.ends if grammar.may_be_empty and (allowed.may_end or not text.any()) else 0
-        self._mask = self._checked(text | ends)
+        if grammar.may_be_empty and (allowed.may_end or not text.any()):
+            text |= allowed.ends
+        self._mask = _packed(text)
 
     def mask(self) -> bytes:
         """What may come next."""
@@ -109,15 +106,8 @@ class GrammarMatcher:
                 return True
             if allowed.may_end:
                 text |= allowed.ends
-        self._mask = self._checked(text)
+        self._mask = _packed(text)
         return False
-
-    def _checked(self, bits: Bits) -> bytes:
-        if not bits.any():
-            raise RequestError(
-                "allowed_token_ids leaves no token with which the structured output could go on"
-            )
-        return bits.tobytes()
 
 
 @dataclass(frozen=True)
@@ -162,7 +152,9 @@ class _Vocabulary:
             # A model that names no end is given one beyond its vocabulary, which no mask keeps.
             ends = self._eos_ids or [self._size]
             self._tokens = LLTokenizer(
-                _TokenBytes(self._tokenizer, self._size, self._special_ids, ends[0]),
+                TokenizerWrapper(
+                    _TokenBytes(self._tokenizer, self._size, self._special_ids, ends[0])
+                ),
                 eos_token=ends,
             )
         return self._tokens
@@ -182,13 +174,12 @@ class _Vocabulary:
 
 
 class _TokenBytes:
-    """A vocabulary in the shape that `LLTokenizer` reads: its attributes' names are llguidance's.
+    """A vocabulary in the shape that `TokenizerWrapper` reads: names of its attributes are its own.
 
     Rows of the embedding beyond the tokenizer's vocabulary have no bytes, so no grammar takes them.
     """
 
-    is_tokenizer_wrapper = True
-    bos_token_id = None
+    bos_token_id: int | None = None
 
     def __init__(
         self, tokenizer: Tokenizer, size: int, special_ids: Sequence[int], eos_id: int
@@ -197,10 +188,10 @@ class _TokenBytes:
         self.tokens = [tokenizer.token_bytes(token) for token in range(known)]
         self.tokens += [b""] * (max(size, eos_id + 1) - known)
         self.special_token_ids, self.eos_token_id = list(special_ids), eos_id
-        self._tokenizer = tokenizer
 
-    def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def __call__(self, text: bytes) -> list[int]:
+        """Token ids of a text; grammars that force no tokens never ask."""
+        raise NotImplementedError
 
 
 def _question(asked: StructuredOutputsParams) -> tuple[str, str | Sequence[str], str | None]:
@@ -213,6 +204,14 @@ def _question(asked: StructuredOutputsParams) -> tuple[str, str | Sequence[str],
             return kind, source, whitespace
     assert asked.grammar is not None
     return "grammar", asked.grammar, None
+
+
+def _packed(bits: Bits) -> bytes:
+    if not bits.any():
+        raise RequestError(
+            "allowed_token_ids leaves no token with which the structured output could go on"
+        )
+    return bits.tobytes()
 
 
 def _next(matcher: LLMatcher, size: int) -> Bits:
