@@ -299,7 +299,7 @@ BAD_METADATA: dict[str, tuple[Metadata, str]] = {
         "architecture 'gpt2' is not supported; supported: llama",
     ),
     "adapter": ({"general.type": "adapter"}, "general.type is the string 'adapter'"),
-    "split": ({"split.count": 3}, "split.count is the int 3"),
+    "part by metadata only": ({"split.count": 3}, "is one of 3 parts (split.count), but is not"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count is the int 8, which is not"),
     "experts of Qwen": (
         {"general.architecture": "qwen3moe"},
