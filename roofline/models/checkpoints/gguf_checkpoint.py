@@ -7,6 +7,7 @@ What llama.cpp renames and reorders when it converts a model is undone here. No 
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,18 @@ class GGUFCheckpoint:
         }
 
     @property
-    def tokenizer_metadata(self) -> Mapping[str, Value]:
-        """The file's metadata, of which the keys `tokenizer.*` describe its tokenizer."""
+    def metadata(self) -> Mapping[str, Value]:
+        """The file's metadata; the keys `tokenizer.*` describe its tokenizer."""
         return self._gguf.metadata
+
+    @property
+    def matrix_bytes(self) -> dict[str, int]:
+        """Bytes of the file's matrices by ggml's type, the most first."""
+        found = Counter[str]()
+        for info in self._gguf.tensors.values():
+            if len(info.shape) == 2:
+                found[info.type] += info.nbytes
+        return dict(found.most_common())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor's shape by canonical name: [N, K], or [n] for a norm or a bias."""

@@ -90,6 +90,14 @@ class Llama2cCheckpoint:
         return rows if heads is None else half_split(rows, heads)
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file starts as `torch.save` starts one; a file that cannot be read is none."""
+    try:
+        return _starts_pickle(map_file(path, "a file")[:_SNIFFED_BYTES])
+    except CheckpointError:
+        return False
+
+
 def _native_groups(contents: Contents) -> dict[str, int]:
     """The INT8 tensors whose groups are groups of a row, of a size that we have."""
     group = contents.group
@@ -103,9 +111,7 @@ def _native_groups(contents: Contents) -> dict[str, int]:
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
     """Only what no header with sizes in bounds starts with."""
-    may_be_dim = b"\0" <= start[2:3] < b"\x10"  # of 2**20 at most
-    starts_pickle = start.startswith(b"\x80") and b"\x02" <= start[1:2] <= b"\x05"
-    if (starts_pickle and not may_be_dim) or start.startswith(b"PK\x03\x04"):
+    if _starts_pickle(start):
         raise UnsupportedError(
             f"{path}: not loaded: a pickle can run code; give a safetensors folder, "
             "a .gguf file or a .bin file of llama2.c"
@@ -113,6 +119,12 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     for beginning, what in _OTHER_FORMATS.items():
         if start.startswith(beginning):
             raise UnsupportedError(f"{path}: {what}")
+
+
+def _starts_pickle(start: bytes) -> bool:
+    may_be_dim = b"\0" <= start[2:3] < b"\x10"  # of 2**20 at most
+    bare = start.startswith(b"\x80") and b"\x02" <= start[1:2] <= b"\x05"
+    return (bare and not may_be_dim) or start.startswith(b"PK\x03\x04")
 
 
 _SNIFFED_BYTES = 64
