@@ -32,7 +32,6 @@ def schema_text(schema: str | dict[str, Any]) -> str:
     except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
         raise RequestError(f"the JSON schema holds more than JSON values: {error}") from None
     _check_size(size)
-    _check_depth(parsed)
     return json.dumps(checked_schema(parsed), ensure_ascii=False, separators=(",", ":"))
 
 
@@ -46,6 +45,7 @@ def checked_schema(schema: object) -> dict[str, Any] | bool:
         return schema
     if not isinstance(schema, dict):
         raise RequestError(f"the JSON schema is {shown(schema)}; it must be an object")
+    _check_depth(schema)
     draft = schema.get("$schema", "")
     if draft and not any(part in f"{draft}" for part in _DRAFTS):
         raise RequestError(f"$schema is {shown(draft)}; known are drafts 4 to 2020-12")

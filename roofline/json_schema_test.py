@@ -28,7 +28,8 @@ def refusal(schema: str | dict[str, Any]) -> str:
 
 
 def test_text_and_objects_are_the_same_schema_in_the_order_they_were_written() -> None:
-    schema = {"type": "object", "properties": {"z": {}, "été": {"const": "\0"}, "a": True}}
+    named: dict[str, Any] = {"z": {}, "été": {"const": "\0"}, "a": True}
+    schema = {"type": "object", "properties": named}
     text = schema_text(schema)
     assert schema_text(json.dumps(schema)) == schema_text(text) == text
     assert list(json.loads(text)["properties"]) == ["z", "été", "a"]

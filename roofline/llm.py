@@ -113,8 +113,7 @@ class LLM(Door):
     def close(self) -> None:
         """Free the model's memory."""
         self._engine.close()
-        if self._grammars is not None:
-            self._grammars.close()
+        self._grammars.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,19 +10,19 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
-from roofline import execution, grammars
+from roofline import execution
 from roofline.budget import RankBudget
 from roofline.config import EngineConfig, ModelConfig
 from roofline.doors.generation import Generation
 from roofline.doors.progress import loading_bar
 from roofline.engine import Engine
 from roofline.errors import RequestError, UsageError, shown
+from roofline.grammars.compiler import GrammarCompiler
 from roofline.models.checkpoints.tensors import tensor_shapes
 from roofline.models.opening import open_model
 from roofline.request import Request, SamplingParams, child_seed
 from roofline.scheduling.limits import SchedulerConfig
 from roofline.scheduling.scheduler import Scheduler
-from roofline.structured_outputs import TokenMatcher
 from roofline.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -55,10 +55,11 @@ class Door:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
-        opened = open_model(model, config.load_format, config.seed)
-        shape = opened.checkpoint.config
+        opened = open_model(model, config)
+        shape = opened.config
         try:
-            with loading_bar("Loading", len(tensor_shapes(shape))) as progress:
+            note = opened.growth(config.weights)
+            with loading_bar("Loading", len(tensor_shapes(shape)), note) as progress:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
         finally:
             opened.checkpoint.close()
@@ -66,8 +67,8 @@ class Door:
         self.budget: RankBudget = workers.budget
         self.storage_bytes: Callable[[], dict[str, int]] = workers.storage_bytes
         self._tokenizer = opened.tokenizer
-        self._eos_token_ids = _eos_token_ids(shape, opened.tokenizer)
-        self._grammars: grammars.compiler.GrammarCompiler | None = None  # with the first to need it
+        self._grammars = GrammarCompiler(opened.tokenizer, shape.eos_token_ids, shape.vocab_size)
+        self._defaults = SamplingParams.from_options(opened.sampling_defaults)
         self._engine = Engine(Scheduler(_scheduler_config(config, workers.budget, shape)), workers)
         self._numbers = itertools.count()  # of requests, in the order they were asked for
 
@@ -83,8 +84,8 @@ class Door:
         return self._tokenizer
 
     def default_sampling_params(self) -> SamplingParams:
-        """What holds where no sampling parameters are given."""
-        return SamplingParams()
+        """What holds where no sampling parameters are given: the model's generation config."""
+        return self._defaults
 
     def stats(self) -> dict[str, int]:
         """Where requests and blocks are, and what has been counted."""
@@ -95,16 +96,17 @@ class Door:
     ) -> Generation:
         """A prompt as checked requests, which have not reached the engine."""
         text, ids = self._prompt_ids(prompt)
+        bad_words_ids = self._bad_words_ids(params)
         seed = child_seed(self.config.seed, number) if params.seed is None else params.seed
-        matchers = self._matchers(params)
+        matchers = self._grammars.matchers(params)
         requests = [
             Request(
                 f"{number}-{child}",
                 ids,
                 params,
                 seed=seed if params.n == 1 else child_seed(seed, child),
-                eos_token_ids=self._eos_token_ids,
-                bad_words_ids=self._bad_words_ids(params),
+                eos_token_ids=self.model_config.eos_token_ids,
+                bad_words_ids=bad_words_ids,
                 priority=priority,
                 matcher=matchers[child],
             )
@@ -140,18 +142,6 @@ class Door:
             raise RequestError(f"a prompt is {shown(prompt)}; it must be text or token ids")
         return None, list(prompt)
 
-    def _matchers(self, params: SamplingParams) -> Sequence[TokenMatcher | None]:
-        """What the text of each of the n answers must be like."""
-        if params.structured_outputs is None:
-            return [None] * params.n
-        if self._tokenizer is None:
-            raise RequestError("structured_outputs need a tokenizer, and this model has none")
-        if self._grammars is None:
-            self._grammars = grammars.compiler.GrammarCompiler(
-                self._tokenizer, self._eos_token_ids, self.model_config.vocab_size
-            )
-        return self._grammars.matchers(params, params.structured_outputs)
-
     def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as ids, at the start of a text and, where as long, after a space (vLLM)."""
         found = []
@@ -165,11 +155,6 @@ class Door:
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
                 found.append(spaced)
         return found
-
-
-def _eos_token_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    own = tokenizer.eos_token_ids if tokenizer else ()
-    return tuple(dict.fromkeys((*model.eos_token_ids, *own)))
 
 
 def _check_chat_options(options: ChatOptions) -> None:

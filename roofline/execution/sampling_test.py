@@ -245,8 +245,12 @@ def test_masks_that_leave_nothing_yield_to_the_allowed_tokens(temperature: float
 def test_a_mask_yields_neither_to_min_tokens_nor_to_bad_words_nor_to_bias() -> None:
     logits = [9.0, 8.0, 7.0, 6.0]
     only_2 = bytes([0b0100]) + bytes(7)
-    for params in ({"stop_ids": (2,), "min_tokens": 5}, {"bad_words": ((2,),)}, {}):
-        row = sampler(logit_bias=((2, -100.0), (0, 100.0)), **params)
+    bias = ((2, -100.0), (0, 100.0))
+    for row in (
+        sampler(logit_bias=bias, stop_ids=(2,), min_tokens=5),
+        sampler(logit_bias=bias, bad_words=((2,),)),
+        sampler(logit_bias=bias),
+    ):
         assert row.sample(torch.tensor(logits), 1, only_2) == 2
     two_or_3 = bytes([0b1100]) + bytes(7)
     row = sampler(stop_ids=(2,), min_tokens=5)

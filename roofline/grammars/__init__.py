@@ -9,6 +9,6 @@ from types import ModuleType
 
 def __getattr__(name: str) -> ModuleType:
     """Import a submodule when it is first named."""
-    if name in ("compiler", "trial"):
+    if name in ("compiler", "matching", "trial"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,7 +86,7 @@ def _lark(kind: str, source: str | Sequence[str]) -> str:
         return "start: " + " | ".join(map(_literal, source))
     if kind == "regex":
         return f"start: /{regex_to_lark(source, '')}/"
-    if kind == "json":
+    if kind in ("json", "json_object"):
         return f"start: %json {source}"
     return _from_gbnf(source) if _GBNF.search(source) else source
 
@@ -126,7 +126,7 @@ def _enforceable(grammar: str, whitespace: str | None) -> str:
 def _schema_at(grammar: str, at: int) -> tuple[object, int]:
     try:
         return json.JSONDecoder().raw_decode(grammar, at)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"grammar: %json is followed by no valid JSON: {error}") from None
 
 
