@@ -209,7 +209,7 @@ def test_a_special_token_that_eats_white_space_does_so_beside_forged_ones() -> N
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.add_tokens([AddedToken("<e>", special=True, rstrip=True, normalized=False)])
     template = "{{ messages[0].content }}<e>  a"
-    tokenizer = Tokenizer(Vocabulary("x", bpe, size=6, chat_template=template))
+    tokenizer = Tokenizer(Vocabulary("x", bpe, size=6, chat_templates={"default": template}))
     assert tokenizer.apply_chat_template([user("a ")]) == [0, 4, 5, 0]
     assert tokenizer.apply_chat_template([user("<e> ")]) == [1, 2, 3, 4, 5, 0]
 
@@ -274,13 +274,8 @@ def test_half_a_surrogate_pair_in_a_message_is_refused(content: str) -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "messages must be a list"),
-        ("hi", "messages must be a list"),
-        (None, "messages must be a list"),
-        (["hi"], r"messages\[0\] must be a mapping with a role"),
-        ([user("x"), {"content": "x"}], r"messages\[1\] must be a mapping with a role"),
-        ([{"role": 3}], r"messages\[0\] must be a mapping with a role"),
-        ([{"role": "user"}], "the chat template cannot write these messages: .*content"),
+        ([], "messages is empty"),
+        ([{"role": "user", "tool_calls": [{"name": "f"}]}], "cannot write these messages: .*cont"),
     ],
 )
 def test_bad_messages_are_refused_by_place(messages: Any, message: str) -> None:
@@ -294,7 +289,9 @@ def test_without_a_template_a_chat_is_refused_and_text_is_not() -> None:
     tokenizer = Tokenizer.from_gguf(small_metadata(**{"tokenizer.chat_template": None}), "m")
     assert tokenizer.chat_template is None
     assert tokenizer.encode("x") == [ord("x")]
-    with pytest.raises(RequestError, match="has no chat template; give a plain prompt"):
+    with pytest.raises(
+        RequestError, match="^m: has no chat template; give one with --chat-template"
+    ):
         tokenizer.apply_chat_template([user("x")])
 
 
