@@ -290,7 +290,7 @@ def test_without_a_template_a_chat_is_refused_and_text_is_not() -> None:
     assert tokenizer.chat_template is None
     assert tokenizer.encode("x") == [ord("x")]
     with pytest.raises(
-        RequestError, match="^m: has no chat template; give one with --chat-template"
+        RequestError, match=r"^m: has no chat template; give one with --chat-template"
     ):
         tokenizer.apply_chat_template([user("x")])
 
