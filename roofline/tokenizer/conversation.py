@@ -65,7 +65,7 @@ class Conversation:
                 "add_generation_prompt begins an answer and continue_final_message goes on with "
                 "one; only one of them can be true"
             )
-        if not self.messages[-1].get("content"):
+        if self.messages[-1].get("content") in (None, []):
             raise RequestError(
                 f"messages[{len(self.messages) - 1}] has no content to go on with; "
                 "continue_final_message needs some"

@@ -1,6 +1,9 @@
 """Tests of the tokenizer as others use it: hard strings, special tokens, chats, threads."""
 
+import gc
 import json
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -315,3 +318,36 @@ def test_threads_may_parse_special_tokens_and_not_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         for turn, ids in enumerate(pool.map(encode, range(200))):
             assert ids == expected[turn % 2]
+
+
+def test_a_chat_is_limited_by_the_context_and_no_prompt_that_fits_is_refused() -> None:
+    context = {"general.architecture": "llama", "llama.context_length": 64}
+    tokenizer = Tokenizer.from_gguf(small_metadata(**context), "small.gguf")
+    assert len(tokenizer.render_chat([user("x" * 900)])) > 900
+    with pytest.raises(RequestError, match="the chat template writes more than the context can"):
+        tokenizer.render_chat([user("x" * 1100)])
+
+
+CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
+
+
+@pytest.mark.skipif(not CHILDREN.exists(), reason="this system does not list children")
+def test_the_process_for_chat_templates_ends_with_the_tokenizer() -> None:
+    def children() -> set[str]:
+        return set(CHILDREN.read_text().split())
+
+    before = children()
+    tokenizer = Tokenizer.from_gguf(small_metadata(), "small.gguf")
+    (mine,) = children() - before
+    tokenizer.close()
+    assert mine not in children()
+    assert tokenizer.render_chat([user("x")])  # in another
+    assert len(children() - before) == 1
+    del tokenizer
+    gc.collect()
+    assert not children() - before
+
+
+def test_a_tokenizer_without_a_template_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    Tokenizer.from_gguf(small_metadata(**{"tokenizer.chat_template": None}), "m")
