@@ -91,7 +91,7 @@ class LLM:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
-        opened = open_model(model, config.load_format, config.seed)
+        opened = open_model(model, config.load_format, config.seed, config.revision)
         try:
             with loading_bar("Loading", opened.checkpoint.config) as progress:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)

@@ -13,7 +13,7 @@ from roofline.config import EngineConfig
 from roofline.models.checkpoints.tensors import tensor_shapes
 
 
-@options.accepts(options.engine_options(only=("load_format", "group_size", "seed")))
+@options.accepts(options.engine_options(only=("revision", "load_format", "group_size", "seed")))
 def quantize(
     model: options.Model,
     out: Annotated[str, Parameter(help="the folder to make; there must be nothing of that name")],
@@ -24,7 +24,7 @@ def quantize(
 ) -> None:
     """Write a model as group-wise INT8 safetensors; the folder appears when it is whole."""
     config = EngineConfig.from_options(given, os.environ)
-    opened = models.opening.open_model(model, config.load_format, config.seed)
+    opened = models.opening.open_model(model, config.load_format, config.seed, config.revision)
     try:
         total = len(tensor_shapes(opened.checkpoint.config))
         with output.progress() as bar:

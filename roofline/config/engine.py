@@ -45,6 +45,9 @@ def _option(default: Any, text: str, low: float | None = None, high: float | Non
 class EngineConfig:
     """How to load and run a model: one schema for Python, command line and ROOFLINE_* options."""
 
+    revision: str | None = _option(
+        None, "branch, tag or commit of a Hugging Face repository; default: main"
+    )
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "'dummy' makes seeded random weights of the model's shape, for any config or preset"
     )
@@ -189,6 +192,8 @@ def _check_option(name: str, field: "dataclasses.Field[Any]", hint: Any, value: 
         return
     if bool in kinds and type(value) is bool:
         return
+    if str in kinds and type(value) is str and value:
+        return
     numeric = (int in kinds and type(value) is int) or (
         float in kinds and type(value) in (int, float)
     )
@@ -199,6 +204,8 @@ def _check_option(name: str, field: "dataclasses.Field[Any]", hint: Any, value: 
     if int in kinds or float in kinds:
         kind = "an integer" if int in kinds else "a number"
         wanted.append(kind if low is None else f"{kind} from {low} to {high}")
+    if str in kinds:
+        wanted.append("a text of at least one character")
     if bool in kinds:
         wanted.append("true or false")
     raise UsageError(f"{name} is {shown(value)}; it must be {' or '.join(wanted)}")

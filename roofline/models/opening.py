@@ -28,20 +28,22 @@ class OpenedModel:
     tokenizer: Tokenizer | None  # a shape alone may have none
 
 
-def open_model(reference: str, load_format: str, seed: int) -> OpenedModel:
-    """Open a built-in name, a .gguf or .bin file, a safetensors folder, or (dummy) a preset."""
+def open_model(
+    reference: str, load_format: str, seed: int, revision: str | None = None
+) -> OpenedModel:
+    """Open a path, a built-in name, a Hugging Face repository, or (dummy) a preset."""
     dummy = load_format == "dummy"
-    if dummy and reference in PRESETS:
+    if dummy and reference in PRESETS and revision is None:
         return OpenedModel(DummyCheckpoint(PRESETS[reference], seed), None)
-    path = resolve(reference, presets=PRESETS)
+    path = resolve(reference, revision=revision, fetch="config" if dummy else "model")
     return _open_folder(path, dummy, seed) if path.is_dir() else _open_file(path, dummy, seed)
 
 
-def describe(reference: str) -> tuple[ModelConfig, NativeGroups]:
+def describe(reference: str, revision: str | None = None) -> tuple[ModelConfig, NativeGroups]:
     """A model's shape and which of its tensors are INT8 on disk; no weights, no torch."""
-    if reference in PRESETS:
+    if reference in PRESETS and revision is None:
         return PRESETS[reference], {}
-    path = resolve(reference, presets=PRESETS)
+    path = resolve(reference, revision=revision, fetch="config")
     if path.is_dir():
         return _folder_config(path)
     with contextlib.closing(_checkpoint(path)) as checkpoint:
