@@ -20,7 +20,13 @@ from roofline.request import SamplingParams
 
 Model = Annotated[
     str,
-    Parameter(help="a .gguf or .bin file, a safetensors folder, or a built-in name (smollm2-135m)"),
+    Parameter(
+        help="a .gguf or .bin file, a safetensors folder, a built-in name (smollm2-135m), "
+        "or org/repo[:QUANT] on Hugging Face"
+    ),
+]
+Revision = Annotated[
+    str | None, Parameter(help="branch, tag or commit of a Hugging Face repository; default: main")
 ]
 Json = Annotated[bool, Parameter(name="--json", help="print one JSON object")]
 

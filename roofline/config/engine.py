@@ -46,6 +46,9 @@ def _option(default: Any, text: str, low: float | None = None, high: float | Non
 class EngineConfig:
     """How to load and run a model: one schema for Python, command line and ROOFLINE_* options."""
 
+    revision: str | None = _option(
+        None, "branch, tag or commit of a Hugging Face repository; default: main"
+    )
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "'dummy' makes seeded random weights of the model's shape, for any config or preset"
     )
@@ -200,7 +203,7 @@ def check_option(name: str, value: Any, source: str | None = None) -> None:
     if bool in kinds:
         wanted.append("true or false")
     if str in kinds:
-        wanted.append("a text that is not empty")
+        wanted.append("a text of at least one character")
     raise UsageError(f"{source or name} is {shown(value)}; it must be {' or '.join(wanted)}")
 
 
