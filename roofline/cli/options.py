@@ -127,7 +127,10 @@ _CONFIG = inspect.Parameter(
     default=None,
     annotation=Annotated[
         str | None,
-        Parameter(help="a .toml or .json file of options; flags and variables go before it"),
+        Parameter(
+            help="a .toml or .json file of options; flags and variables go before it",
+            metavar="FILE",
+        ),
     ],
 )
 _SAMPLING = Group("Sampling", sort_key=1)

@@ -53,14 +53,15 @@ class EngineConfig:
         "auto", "'dummy' makes seeded random weights of the model's shape, for any config or preset"
     )
     tokenizer: str | None = _option(
-        None, "a folder, tokenizer.json, tokenizer.bin or .gguf to take it from; not the model's"
+        None, "a folder, tokenizer.json, tokenizer.bin or .gguf, in place of the model's own"
     )
     chat_template: str | None = _option(
         None,
-        "a Jinja file, a JSON file with a chat_template, or a template itself; not the model's",
+        "a Jinja file, a JSON file with one, or its own text, in place of the model's own",
     )
     generation_config: str = _option(
-        "auto", "EOS ids and sampling defaults: auto is the model's own, none, or a file or folder"
+        "auto",
+        "a file or folder of EOS ids and sampling defaults; auto is the model's own; or none",
     )
     rotary_order: Literal["auto", "interleaved", "half-split"] = _option(
         "auto", "of the rows of Q and K in a .bin file, which does not say"
