@@ -245,6 +245,19 @@ def test_a_stream_whose_loop_is_gone_ends_though_it_is_remembered(
     del left[:]
 
 
+def test_a_stream_closed_while_it_is_prepared_never_reaches_the_engine(loaded: AsyncLLM) -> None:
+    async def main() -> None:
+        stream = loaded.generate("abc", LONG)
+        reading = asyncio.create_task(_rest(stream))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        assert await reading == []
+
+    before = loaded.stats()["num_requests"]
+    run(main)
+    assert loaded.stats()["num_requests"] == before
+
+
 async def _rest(stream: Any) -> list[RequestOutput]:
     return [output async for output in stream]
 
