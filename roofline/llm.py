@@ -91,13 +91,14 @@ class LLM:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
-        opened = open_model(model, config.load_format, config.seed)
+        opened = open_model(model, config)
         try:
-            with loading_bar("Loading", opened.checkpoint.config) as progress:
+            note = opened.growth(config.weights)
+            with loading_bar("Loading", opened.config, note) as progress:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
         finally:
             opened.checkpoint.close()
-        self.config, self.model_config = config, opened.checkpoint.config
+        self.config, self.model_config = config, opened.config
         self.budget: RankBudget = workers.budget
         self.storage_bytes: Callable[[], dict[str, int]] = workers.storage_bytes
         self._tokenizer = opened.tokenizer
@@ -191,7 +192,7 @@ class LLM:
                 ids,
                 params,
                 seed=seed if params.n == 1 else child_seed(seed, child),
-                eos_token_ids=self._eos_token_ids(),
+                eos_token_ids=self.model_config.eos_token_ids,
                 bad_words_ids=self._bad_words_ids(params),
                 priority=priority,
             )
@@ -212,10 +213,6 @@ class LLM:
         if not isinstance(prompt, Sequence):
             raise RequestError(f"a prompt is {shown(prompt)}; it must be text or token ids")
         return None, list(prompt)
-
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        own = self._tokenizer.eos_token_ids if self._tokenizer else ()
-        return tuple(dict.fromkeys((*self.model_config.eos_token_ids, *own)))
 
     def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as ids, at the start of a text and, where as long, after a space (vLLM)."""
@@ -368,9 +365,13 @@ class _Generation:
 
 
 @contextlib.contextmanager
-def loading_bar(verb: str, model: ModelConfig) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal's stderr, advanced by each tensor's name."""
+def loading_bar(
+    verb: str, model: ModelConfig, note: str | None = None
+) -> Iterator[Callable[[str], None]]:
+    """On a terminal's stderr, a line if there is one, and a bar advanced by each tensor's name."""
     console = Console(stderr=True)
+    if note is not None and console.is_terminal:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(verb, total=len(tensor_shapes(model)))
         yield lambda name: bar.update(task, advance=1, description=f"{verb} {name}")

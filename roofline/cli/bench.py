@@ -17,7 +17,11 @@ from roofline.errors import UsageError
 from roofline.request import SamplingParams
 
 
-@options.accepts(options.engine_options({"max_num_seqs": "batch size"}))
+@options.accepts(
+    options.engine_options(
+        {"max_num_seqs": "batch size"}, without=("chat_template", "generation_config")
+    )
+)
 def latency(
     model: options.Model,
     /,

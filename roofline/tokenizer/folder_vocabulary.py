@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import AddedToken
 
+from roofline.config import option_path
 from roofline.errors import CheckpointError, UnsupportedError
+from roofline.tokenizer.chat_template import ChatTemplate
 from roofline.tokenizer.sentencepiece_bpe import SPACE, sentencepiece_bytes
 from roofline.tokenizer.vocabulary import (
     TOKEN_NAMES,
@@ -67,6 +69,19 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
         piece_bytes=piece_bytes,
         leads_with_space=leads_with_space,
     )
+
+
+def read_chat_template(option: str) -> ChatTemplate:
+    """A template from its own text, a file of that, or a JSON file's field `chat_template`."""
+    if "{{" in option or "{%" in option:
+        return ChatTemplate({"default": option})
+    file = option_path("chat_template", option, "a file, or a template's text")
+    if file.suffix != ".json":
+        return ChatTemplate({"default": _read(file)}, str(file))
+    sources = _named_templates(_Fields(file))
+    if not sources:
+        raise CheckpointError(f"{file}: has no chat_template")
+    return ChatTemplate(sources, f"{file}: chat_template")
 
 
 class _Fields:

@@ -5,9 +5,11 @@ is in `gguf_vocabulary`, `folder_vocabulary` and `llama2c_vocabulary`; how messa
 forging special tokens is in `placeholders`.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 from roofline.errors import CheckpointError, RequestError
 from roofline.sandbox import Sandbox
-from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.tokenizer.chat_template import ChatTemplate, Renderer
 from roofline.tokenizer.conversation import Conversation
 from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
 from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
@@ -27,7 +29,7 @@ from roofline.tokenizer.vocabulary import Vocabulary
 
 _MAX_SPECIAL_CHARACTERS = 1024
 
-# How much text a chat template may write: more than a context holds of any but odd text.
+# How much text a chat template may write.
 _BYTES_PER_TOKEN = 16
 _USUAL_CONTEXT_TOKENS = 1 << 17  # where the files do not say
 _MAX_CONTEXT_TOKENS = 1 << 21
@@ -37,6 +39,7 @@ class Tokenizer:
     """Encodes and decodes for one model. Safe to share between threads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.kind = vocabulary.kind
         self.vocab_size = vocabulary.size
         self.bos_token_id = vocabulary.bos_token_id
         self.eos_token_ids = vocabulary.eos_token_ids
@@ -52,8 +55,12 @@ class Tokenizer:
         self._added_texts = {id: token.content for id, token in added.items()}
         self._special_texts = _special_texts(vocabulary, added.values())
         self._template_tokens = vocabulary.template_tokens
-        self._sandbox = Sandbox()  # ends with this object, at the latest
-        self.chat_template = self._chat_template(vocabulary)
+        self._renderer = Renderer(Sandbox(), _max_chat_bytes(vocabulary.context_tokens))
+        self.chat_template: ChatTemplate | None = None
+        if vocabulary.chat_templates:
+            origin = f"{vocabulary.source}: chat template"
+            self.chat_template = ChatTemplate(vocabulary.chat_templates, origin)
+            self._renderer.start()
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], source: str) -> Self:
@@ -69,6 +76,13 @@ class Tokenizer:
     def from_llama2c(cls, path: str | os.PathLike[str]) -> Self:
         """Build from llama2.c's tokenizer.bin."""
         return cls(vocabulary_from_llama2c(path))
+
+    def with_chat_template(self, template: ChatTemplate) -> Self:
+        """The same tokenizer, whose chats another template writes."""
+        other = copy.copy(self)
+        other.chat_template = template
+        other._renderer.start()  # the same: one process serves both
+        return other
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
@@ -154,7 +168,7 @@ class Tokenizer:
 
     def close(self) -> None:
         """End the process that renders chat templates; a later chat would start another."""
-        self._sandbox.close()
+        self._renderer.sandbox.close()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files from which `from_folder` builds this tokenizer again."""
@@ -178,17 +192,6 @@ class Tokenizer:
         text = json.dumps(config, indent=2)
         Path(folder, "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-    def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate | None:
-        if not vocabulary.chat_templates:
-            return None
-        context_tokens = vocabulary.context_tokens or _USUAL_CONTEXT_TOKENS
-        return ChatTemplate(
-            vocabulary.chat_templates,
-            f"{vocabulary.source}: chat template",
-            self._sandbox,
-            max_bytes=_BYTES_PER_TOKEN * min(max(context_tokens, 1), _MAX_CONTEXT_TOKENS),
-        )
-
     def _render(self, conversation: Conversation) -> list[str]:
         """The template's text, and at odd indices texts of special tokens that callers wrote."""
         template = self.chat_template
@@ -196,7 +199,7 @@ class Tokenizer:
             raise RequestError("the model has no chat template; give a plain prompt")
         template.refuse_unused(conversation.optional)
         return render_untrusted(
-            template.render,
+            partial(template.render, renderer=self._renderer),
             self._special_texts,
             {"messages": conversation.plain_messages(), **conversation.optional},
             {"add_generation_prompt": conversation.generation_prompt, **self._template_tokens},
@@ -229,6 +232,12 @@ class Tokenizer:
                 "which text of a request may not"
             )
         return ids
+
+
+def _max_chat_bytes(context_tokens: int | None) -> int:
+    """More text than a context holds, of any but odd text."""
+    tokens = min(max(context_tokens or _USUAL_CONTEXT_TOKENS, 1), _MAX_CONTEXT_TOKENS)
+    return _BYTES_PER_TOKEN * tokens
 
 
 def _special_texts(vocabulary: Vocabulary, added: Iterable[tokenizers.AddedToken]) -> SpecialTexts:
