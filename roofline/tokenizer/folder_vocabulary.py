@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 
 from roofline.errors import CheckpointError, UnsupportedError
 from roofline.tokenizer.sentencepiece_bpe import SPACE, sentencepiece_bytes
+from roofline.tokenizer.text_steps import runaway_step
 from roofline.tokenizer.vocabulary import Vocabulary, byte_level_bytes, refusing_bad_vocabulary
 
 Kind = TypeVar("Kind")
@@ -35,6 +36,9 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
     """Check and build from tokenizer.json; the other files need not be there."""
     folder = Path(path)
     fields = _Fields(folder / "tokenizer.json")
+    fault = runaway_step(fields.get("normalizer", object), fields.get("pre_tokenizer", object))
+    if fault is not None:
+        raise UnsupportedError(f"{fields.file}: {fault}")
     piece_bytes, leads_with_space = _decoding(fields)
     bpe, size = _read_tokenizer(fields)
     config = _Fields(folder / "tokenizer_config.json", required=False)
