@@ -1,14 +1,8 @@
-"""Tests of each rule: cuts read off the patterns by hand, and ids by the original rules.
+"""Tests of each rule: cuts read off the patterns by hand, and ids by the original rules."""
 
-The vocabulary of those ids is small and cuts nowhere by itself: a rule that does shows in the ids.
-"""
-
-import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,11 +11,18 @@ from roofline.errors import UnsupportedError
 from roofline.tokenizer.pretokenizers import pre_tokenizer_rule
 from roofline.tokenizer.tokenizer import Tokenizer
 from roofline.tokenizer.vocabulary import byte_level_bytes
+from tests.byte_level_model import (
+    MERGES,
+    SPECIALS,
+    STEPS,
+    TABLE,
+    TOKENS,
+    Steps,
+    gguf_metadata,
+    split_then_bytes,
+    write_tokenizer_json,
+)
 from tests.original_rules import GPT2, LLAMA3, QWEN2, RULES, TEKKEN, by_pair
-
-DATA = Path(__file__).parents[2] / "tests" / "data"
-VOCABULARY: dict[str, Any] = json.loads((DATA / "byte_level_vocabulary.json").read_text())
-TABLE: list[dict[str, Any]] = json.loads((DATA / "byte_level_ids.json").read_text())["strings"]
 
 # text, then its words under gpt-2, smollm, llama-bpe and qwen2, with Ġ for a space and Ċ for \n
 CUTS = [
@@ -51,13 +52,6 @@ def test_words_are_cut_as_the_original_pattern_says(
     assert " ".join(word for word, _ in words) == cuts[column]
 
 
-TOKENS: list[str] = VOCABULARY["tokens"]
-MERGES: list[str] = VOCABULARY["merges"]
-SPECIALS: list[str] = VOCABULARY["specials"]
-BYTES_OF = {token: byte_level_bytes(token) for token in TOKENS}
-RANK = by_pair(
-    [(BYTES_OF[left], BYTES_OF[right]) for left, right in (merge.split(" ") for merge in MERGES)]
-)
 ALIASES = {
     "deepseek-r1-qwen": "qwen2",
     "llama-v3": "llama-bpe",
@@ -68,63 +62,13 @@ ALIASES = {
 ADD_BOS = {"deepseek-r1-qwen", "llama-bpe", "llama-v3", "llama3", "pixtral", "tekken"}
 
 
-def split_then_bytes(pattern: str) -> list[dict[str, Any]]:
-    """As tokenizer.json has it for models whose words a published pattern cuts."""
-    regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    return [{**regex, "invert": False}, BYTES | {"use_regex": False}]
-
-
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-# What the tokenizer.json of a model of each kind holds; llama.cpp's default is in none.
-WRITTEN: dict[str, tuple[list[dict[str, Any]], dict[str, Any] | None, bool]] = {
-    "gpt-2": ([BYTES], None, False),
-    "smollm": ([{"type": "Digits", "individual_digits": True}, BYTES], None, False),
-    "llama-bpe": (split_then_bytes(LLAMA3), None, True),
-    "qwen2": (split_then_bytes(QWEN2), {"type": "NFC"}, False),
-    "tekken": (split_then_bytes(TEKKEN), None, True),
-}
-
-
 @cache
 def from_gguf(pre: str) -> Tokenizer:
-    metadata = {
-        "model": "gpt2",
-        "pre": pre,
-        "tokens": TOKENS,
-        "merges": MERGES,
-        "token_type": np.array([3 if token in SPECIALS else 1 for token in TOKENS], np.int32),
-        "bos_token_id": TOKENS.index(SPECIALS[0]),
-    }
-    keys = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
-    return Tokenizer.from_gguf(keys, "model.gguf")
+    return Tokenizer.from_gguf(gguf_metadata(pre), "model.gguf")
 
 
-def from_folder(
-    folder: Path,
-    cuts: list[dict[str, Any]],
-    normalizer: dict[str, Any] | None,
-    ignore_merges: bool,
-) -> Tokenizer:
-    model = {
-        "type": "BPE",
-        "vocab": {token: id for id, token in enumerate(TOKENS) if token not in SPECIALS},
-        "merges": MERGES,
-        "ignore_merges": ignore_merges,
-    }
-    added = {"special": True, "normalized": False}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    document = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": TOKENS.index(token), "content": token, **added, **flags} for token in SPECIALS
-        ],
-        "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
-        "decoder": BYTES,
-        "model": model,
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(document))
-    return Tokenizer.from_folder(folder)
+def from_folder(folder: Path, steps: Steps) -> Tokenizer:
+    return Tokenizer.from_folder(write_tokenizer_json(folder, steps))
 
 
 def wrong(tokenizer: Tokenizer, rule: str) -> list[str]:
@@ -141,11 +85,11 @@ def test_hard_strings_in_a_gguf_have_the_ids_of_the_original_rule(pre: str) -> N
     assert wrong(from_gguf(pre), ALIASES.get(pre, pre)) == []
 
 
-@pytest.mark.parametrize("rule", WRITTEN)
+@pytest.mark.parametrize("rule", STEPS)
 def test_hard_strings_in_a_folder_have_the_ids_of_the_original_rule(
     tmp_path: Path, rule: str
 ) -> None:
-    assert wrong(from_folder(tmp_path, *WRITTEN[rule]), rule) == []
+    assert wrong(from_folder(tmp_path, STEPS[rule]), rule) == []
 
 
 NEAR_MISSES = {
@@ -173,19 +117,19 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("miss", NEAR_MISSES)
 def test_the_table_tells_a_rule_from_its_near_misses(tmp_path: Path, miss: str) -> None:
     rule, pattern, old, new = NEAR_MISSES[miss]
-    _, normalizer, ignore_merges = WRITTEN[rule]
     assert old in pattern
     for spelt, told in ((pattern, False), (pattern.replace(old, new), True)):
-        tokenizer = from_folder(tmp_path, split_then_bytes(spelt), normalizer, ignore_merges)
-        assert bool(wrong(tokenizer, rule)) == told
+        steps = STEPS[rule]._replace(cuts=split_then_bytes(spelt))
+        assert bool(wrong(from_folder(tmp_path, steps), rule)) == told
 
 
-@pytest.mark.parametrize("rule", WRITTEN)
+@pytest.mark.parametrize("rule", STEPS)
 def test_the_table_tells_how_a_rule_merges_and_normalizes(tmp_path: Path, rule: str) -> None:
-    cuts, normalizer, ignore_merges = WRITTEN[rule]
-    assert wrong(from_folder(tmp_path, cuts, normalizer, not ignore_merges), rule)
-    other = None if normalizer else {"type": "NFC"}
-    assert wrong(from_folder(tmp_path, cuts, other, ignore_merges), rule)
+    steps = STEPS[rule]
+    normalizer = None if steps.normalizer else {"type": "NFC"}
+    assert wrong(from_folder(tmp_path, steps._replace(normalizer=normalizer)), rule)
+    ignore_merges = not steps.ignore_merges
+    assert wrong(from_folder(tmp_path, steps._replace(ignore_merges=ignore_merges)), rule)
 
 
 def test_the_table_tells_every_rule_from_every_other() -> None:
@@ -204,11 +148,19 @@ HARD_TEXT = st.lists(
 ).map("".join)
 
 
+IDS = {byte_level_bytes(token): id for id, token in enumerate(TOKENS) if token not in SPECIALS}
+RANK = by_pair(
+    [
+        (byte_level_bytes(left), byte_level_bytes(right))
+        for left, right in (merge.split(" ") for merge in MERGES)
+    ]
+)
+
+
 @given(text=HARD_TEXT, rule=st.sampled_from(sorted(RULES)))
 def test_any_text_has_the_ids_of_the_original_rule(text: str, rule: str) -> None:
-    ids = {BYTES_OF[token]: id for id, token in enumerate(TOKENS) if token not in SPECIALS}
-    pieces = RULES[rule].pieces(text, ids, RANK)
-    assert from_gguf(rule).encode(text, add_special_tokens=False) == [ids[p] for p in pieces]
+    pieces = RULES[rule].pieces(text, IDS, RANK)
+    assert from_gguf(rule).encode(text, add_special_tokens=False) == [IDS[p] for p in pieces]
 
 
 @pytest.mark.parametrize("pre", [*RULES, *ALIASES])
