@@ -17,6 +17,7 @@ from roofline.config import option_path
 from roofline.errors import CheckpointError, UnsupportedError
 from roofline.tokenizer.chat_template import ChatTemplate
 from roofline.tokenizer.sentencepiece_bpe import SPACE, sentencepiece_bytes
+from roofline.tokenizer.text_steps import runaway_step
 from roofline.tokenizer.vocabulary import (
     TOKEN_NAMES,
     Vocabulary,
@@ -42,6 +43,9 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
     """Check and build from tokenizer.json; the other files need not be there."""
     folder = Path(path)
     fields = _Fields(folder / "tokenizer.json")
+    fault = runaway_step(fields.get("normalizer", object), fields.get("pre_tokenizer", object))
+    if fault is not None:
+        raise UnsupportedError(f"{fields.file}: {fault}")
     piece_bytes, leads_with_space = _decoding(fields)
     bpe, size = _read_tokenizer(fields)
     config = _Fields(folder / "tokenizer_config.json", required=False)

@@ -211,7 +211,7 @@ class Tokenizer:
         for index, piece in enumerate(pieces):
             start = 0
             if piece and index % 2 == 0:
-                encoding = self._parsing.encode(_checked(piece), add_special_tokens=False)
+                encoding = _encoding(self._parsing, piece)
                 for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
                     if id in self.special_ids:
                         yield piece[start:begin]
@@ -220,11 +220,10 @@ class Tokenizer:
             yield piece[start:]
 
     def _parse(self, text: str) -> list[int]:
-        return self._parsing.encode(_checked(text), add_special_tokens=False).ids
+        return _encoding(self._parsing, text).ids
 
     def _encode_text(self, text: str, *, within: bool = False) -> list[int]:
-        plain = self._plain_within if within else self._plain
-        ids = plain.encode(_checked(text), add_special_tokens=False).ids
+        ids = _encoding(self._plain_within if within else self._plain, text).ids
         if not self.special_ids.isdisjoint(ids):  # a vocabulary whose merges make a special token
             token = next(id for id in ids if id in self.special_ids)
             raise RequestError(
@@ -275,6 +274,19 @@ def _within_text(plain: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         replacement=words.replacement, prepend_scheme="never", split=words.split
     )
     return within
+
+
+def _encoding(bpe: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """Encode, unless the text cannot be; an interrupt goes its way."""
+    try:
+        return bpe.encode(_checked(text), add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the library's Rust, which has no class
+            raise
+    raise RequestError(
+        f"the text of {len(text)} characters cannot be cut into words: some run of it takes more "
+        "than the 10 million tries there are for one word; give it in parts"
+    )
 
 
 def _checked(text: str) -> str:
