@@ -55,6 +55,7 @@ class Tokenizer:
         self._added_texts = {id: token.content for id, token in added.items()}
         self._special_texts = _special_texts(vocabulary, added.values())
         self._template_tokens = vocabulary.template_tokens
+        self._source = vocabulary.source
         self._renderer = Renderer(Sandbox(), _max_chat_bytes(vocabulary.context_tokens))
         self.chat_template: ChatTemplate | None = None
         if vocabulary.chat_templates:
@@ -196,7 +197,10 @@ class Tokenizer:
         """The template's text, and at odd indices texts of special tokens that callers wrote."""
         template = self.chat_template
         if template is None:
-            raise RequestError("the model has no chat template; give a plain prompt")
+            raise RequestError(
+                f"{self._source}: has no chat template; give one with --chat-template "
+                "(chat_template= in Python), or a plain prompt"
+            )
         template.refuse_unused(conversation.optional)
         return render_untrusted(
             partial(template.render, renderer=self._renderer),
