@@ -45,8 +45,11 @@ class Sandbox:
         self._child: _Child | None = None
 
     def start(self, *modules: str) -> None:
-        """Begin to start the child and to import modules there, without waiting for either."""
-        with self._lock, ExitStack() as unless_started:
+        """Begin to start the child and to import modules there, without waiting for either.
+
+        Where that cannot be, the next call says so.
+        """
+        with self._lock, suppress(errors.RooflineError), ExitStack() as unless_started:
             unless_started.callback(self._end)
             child = self._living_child()
             for module in modules:

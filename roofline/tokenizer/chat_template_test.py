@@ -9,7 +9,7 @@ import pytest
 
 from roofline.errors import CheckpointError, RequestError
 from roofline.sandbox import Sandbox
-from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.tokenizer.chat_template import ChatTemplate, Renderer
 from roofline.tokenizer.vocabulary_test import CHATML
 
 USER = {"role": "user", "content": "Hi"}
@@ -22,19 +22,20 @@ EACH_PART = (
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    made = Sandbox()
+def renderer() -> Iterator[Renderer]:
+    made = Renderer(Sandbox(), max_bytes=1 << 16)
     yield made
-    made.close()
+    made.sandbox.close()
 
 
-def template(sandbox: Sandbox, *default: str, **named: str) -> ChatTemplate:
+def template(*default: str, **named: str) -> ChatTemplate:
     sources = dict(zip(["default"], default, strict=False)) | named
-    return ChatTemplate(sources, "m.gguf: chat template", sandbox, max_bytes=1 << 16)
+    return ChatTemplate(sources, "m.gguf: chat template")
 
 
-def written(made: ChatTemplate, *messages: Any, **variables: Any) -> str:
-    return made.render({"messages": [*messages], "add_generation_prompt": False, **variables})
+def written(made: ChatTemplate, renderer: Renderer, *messages: Any, **variables: Any) -> str:
+    given = {"messages": [*messages], "add_generation_prompt": False, **variables}
+    return made.render(given, renderer)
 
 
 @pytest.mark.parametrize(
@@ -59,42 +60,42 @@ def written(made: ChatTemplate, *messages: Any, **variables: Any) -> str:
     ],
 )
 def test_whatever_a_template_does_is_over_in_a_moment_and_the_next_is_right(
-    sandbox: Sandbox, source: str
+    renderer: Renderer, source: str
 ) -> None:
-    good, bad = template(sandbox, CHATML), template(sandbox, source)
-    written(good, USER)
+    good, bad = template(CHATML), template(source)
+    written(good, renderer, USER)
     started = time.monotonic()
     with pytest.raises(RequestError, match="the chat template ") as error:
-        written(bad, USER)
+        written(bad, renderer, USER)
     assert time.monotonic() - started < 1.5  # a second, and what a busy machine adds
     assert "\n" not in error.value.message
-    assert written(good, USER) == "<|im_start|>user\nHi<|im_end|>\n"
+    assert written(good, renderer, USER) == "<|im_start|>user\nHi<|im_end|>\n"
 
 
-def test_a_template_that_does_not_parse_is_refused_by_file_and_line(sandbox: Sandbox) -> None:
+def test_a_template_that_does_not_parse_is_refused_by_file_and_line(renderer: Renderer) -> None:
     with pytest.raises(CheckpointError, match=r"^m\.gguf: chat template: line 2: Unexpected end"):
-        template(sandbox, "a\n{% for x in y %}")
+        template("a\n{% for x in y %}")
     with pytest.raises(CheckpointError, match=r"^m\.gguf: chat template: line 1: No filter named"):
-        written(template(sandbox, "{{ 'x' | nosuchfilter }}"), USER)
+        written(template("{{ 'x' | nosuchfilter }}"), renderer, USER)
 
 
-def test_tools_and_documents_choose_the_template_made_for_them(sandbox: Sandbox) -> None:
-    made = template(sandbox, "D", tool_use="T", rag="R")
-    assert written(made, USER) == "D"
-    assert written(made, USER, tools=TOOLS) == "T"
-    assert written(made, USER, tools=[]) == "T"  # as transformers has it
-    assert written(made, USER, documents=[{"text": "x"}]) == "R"
-    assert written(made, USER, tools=TOOLS, documents=[{"text": "x"}]) == "T"
-    assert written(template(sandbox, "D"), USER, tools=TOOLS, documents=[{}]) == "D"
-    only = template(sandbox, tool_use="T", rag="R")
+def test_tools_and_documents_choose_the_template_made_for_them(renderer: Renderer) -> None:
+    made = template("D", tool_use="T", rag="R")
+    assert written(made, renderer, USER) == "D"
+    assert written(made, renderer, USER, tools=TOOLS) == "T"
+    assert written(made, renderer, USER, tools=[]) == "T"  # as transformers has it
+    assert written(made, renderer, USER, documents=[{"text": "x"}]) == "R"
+    assert written(made, renderer, USER, tools=TOOLS, documents=[{"text": "x"}]) == "T"
+    assert written(template("D"), renderer, USER, tools=TOOLS, documents=[{}]) == "D"
+    only = template(tool_use="T", rag="R")
     with pytest.raises(
         RequestError, match="has chat templates for rag, tool_use, and none that is"
     ):
-        written(only, USER)
+        written(only, renderer, USER)
 
 
-def test_what_a_template_has_no_use_for_is_refused_by_name(sandbox: Sandbox) -> None:
-    made = template(sandbox, "{{ messages }}", tool_use="{{ tools }}{{ enable_thinking }}")
+def test_what_a_template_has_no_use_for_is_refused_by_name() -> None:
+    made = template("{{ messages }}", tool_use="{{ tools }}{{ enable_thinking }}")
     made.refuse_unused({"tools": TOOLS, "documents": None, "enable_thinking": False})
     made.refuse_unused({"tools": None, "documents": []})
     for name, value in (("enable_thinking", False), ("documents", TOOLS)):
@@ -112,27 +113,27 @@ def test_what_a_template_has_no_use_for_is_refused_by_name(sandbox: Sandbox) -> 
     ],
 )
 def test_parts_are_given_to_templates_that_write_them_and_one_text_to_others(
-    sandbox: Sandbox, source: str, text: str
+    renderer: Renderer, source: str, text: str
 ) -> None:
-    made = template(sandbox, source)
+    made = template(source)
     for _ in range(2):
-        assert written(made, PARTS) == text
+        assert written(made, renderer, PARTS) == text
 
 
-def test_templates_share_a_process_which_need_not_live(sandbox: Sandbox) -> None:
-    made = template(sandbox, CHATML)
-    first = written(made, USER)
-    sandbox.close()
-    assert written(made, USER) == first
+def test_templates_share_a_process_which_need_not_live(renderer: Renderer) -> None:
+    made = template(CHATML)
+    first = written(made, renderer, USER)
+    renderer.sandbox.close()
+    assert written(made, renderer, USER) == first
 
 
-def test_a_rendering_costs_little_more_than_in_this_process(sandbox: Sandbox) -> None:
-    made = template(sandbox, CHATML)
+def test_a_rendering_costs_little_more_than_in_this_process(renderer: Renderer) -> None:
+    made = template(CHATML)
     chat = [USER] * 20
-    written(made, *chat)
+    written(made, renderer, *chat)
     taken = []
     for _ in range(20):
         started = time.perf_counter()
-        written(made, *chat)
+        written(made, renderer, *chat)
         taken.append(time.perf_counter() - started)
     assert min(taken) < 0.005, os.getloadavg()

@@ -15,7 +15,9 @@ from tokenizers import AddedToken
 
 from roofline.config import option_path
 from roofline.errors import CheckpointError, UnsupportedError
+from roofline.tokenizer.chat_template import ChatTemplate
 from roofline.tokenizer.sentencepiece_bpe import SPACE, sentencepiece_bytes
+from roofline.tokenizer.text_steps import runaway_step
 from roofline.tokenizer.vocabulary import (
     TOKEN_NAMES,
     Vocabulary,
@@ -41,6 +43,9 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
     """Check and build from tokenizer.json; the other files need not be there."""
     folder = Path(path)
     fields = _Fields(folder / "tokenizer.json")
+    fault = runaway_step(fields.get("normalizer", object), fields.get("pre_tokenizer", object))
+    if fault is not None:
+        raise UnsupportedError(f"{fields.file}: {fault}")
     piece_bytes, leads_with_space = _decoding(fields)
     bpe, size = _read_tokenizer(fields)
     config = _Fields(folder / "tokenizer_config.json", required=False)
@@ -70,17 +75,17 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
     )
 
 
-def read_chat_template(option: str) -> tuple[dict[str, str], str]:
-    """Templates by name and where they come from: the text itself, a file of it, or a JSON file."""
+def read_chat_template(option: str) -> ChatTemplate:
+    """A template from its own text, a file of that, or a JSON file's field `chat_template`."""
     if "{{" in option or "{%" in option:
-        return {"default": option}, "chat template"
+        return ChatTemplate({"default": option})
     file = option_path("chat_template", option, "a file, or a template's text")
     if file.suffix != ".json":
-        return {"default": _read(file)}, str(file)
-    templates = _named_templates(_Fields(file))
-    if not templates:
+        return ChatTemplate({"default": _read(file)}, str(file))
+    sources = _named_templates(_Fields(file))
+    if not sources:
         raise CheckpointError(f"{file}: has no chat_template")
-    return templates, f"{file}: chat template"
+    return ChatTemplate(sources, f"{file}: chat_template")
 
 
 class _Fields:

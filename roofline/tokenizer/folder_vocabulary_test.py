@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from roofline.errors import CheckpointError, RooflineError, UnsupportedError
+from roofline.errors import CheckpointError, RequestError, RooflineError, UnsupportedError
 from roofline.tokenizer.folder_vocabulary import read_chat_template, vocabulary_from_folder
 from roofline.tokenizer.tokenizer import Tokenizer
 from roofline.tokenizer.vocabulary_test import CHATML
@@ -232,6 +232,18 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "bad pattern": (
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
                            "invert": False}}, "is no usable tokenizer"),
+    "runaway pattern": (
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated",
+                           "invert": False}}, r"pattern '\(a\+\)\+b' is not supported; supported"),
+    "growing normalizer": (
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}},
+        "normalizer Replace is supported where it makes no text longer"),
+    "merge longer than any key": ({"model.merges": [["h", "x" * 10**6]]}, "is no usable tokenizer"),
+    "vocabulary missing": ({"model": {"type": "BPE", "merges": []}}, "model.vocab is missing or"),
+    "id of another": (
+        {"added_tokens": [{"id": 0, "content": "<z>", "special": True, "normalized": False,
+                           "single_word": False, "lstrip": False, "rstrip": False}]},
+        "gives '<z>' the id 0, which it cannot have"),
     "added is no list": ({"added_tokens": {}}, "added_tokens is dict; it must be list"),
     "added is no object": ({"added_tokens": ["x"]}, r"added_tokens\[0\] is not an object"),
     "added without id": ({"added_tokens": [{"content": "x"}]}, "gives 'x' the id None"),
@@ -257,6 +269,30 @@ def test_a_hostile_tokenizer_json_is_refused_by_file_and_field(
         vocabulary_from_folder(tmp_path)
     assert "tokenizer.json" in error.value.message
     assert "\n" not in error.value.message
+    assert len(error.value.message) < 500
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is larger than"):
+        vocabulary_from_folder(tmp_path)
+
+
+def test_a_text_the_pattern_gives_up_on_is_refused_and_the_next_is_not(tmp_path: Path) -> None:
+    tokenizer = original()
+    slow = Regex("[a-y]*[a-y]*[a-y]*[a-y]*[a-y]*(?![a-y]|$)")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(slow, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    ours = Tokenizer.from_folder(folder(tmp_path, tokenizer))
+    for parse_special in (True, False):
+        with pytest.raises(RequestError, match="the text of 200 characters cannot be cut"):
+            ours.encode("h" * 200, parse_special=parse_special)
+        assert ours.decode(ours.encode("hello", parse_special=parse_special)) == "hello"
 
 
 @pytest.mark.parametrize(
@@ -294,12 +330,10 @@ def test_a_template_is_its_own_text_or_in_a_file(tmp_path: Path) -> None:
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    for option in ("D{{ 1 }}", "D{% if true %}1{% endif %}", *(str(tmp_path / n) for n in files)):
-        templates, _ = read_chat_template(option)
-        assert templates["default"] == (
-            "D{% if true %}1{% endif %}" if "%" in option else "D{{ 1 }}"
-        )
-    assert read_chat_template(str(tmp_path / "tokenizer_config.json"))[0]["tools"] == "T"
+    for option in ("D{{ 1 }}", *(str(tmp_path / name) for name in files)):
+        assert read_chat_template(option).sources["default"] == "D{{ 1 }}"
+    assert read_chat_template("D{% if x %}{% endif %}").sources["default"].startswith("D{%")
+    assert read_chat_template(str(tmp_path / "tokenizer_config.json")).sources["tools"] == "T"
 
 
 def test_a_template_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path) -> None:
@@ -308,7 +342,6 @@ def test_a_template_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path)
     none.write_text('{"chat_template": []}')
     wrong.write_text('{"chat_template": 7}')
     (tmp_path / "binary.jinja").write_bytes(b"\xff")
-    tokenizer = Tokenizer.from_folder(folder(tmp_path, original()))
     for option, problem in {
         str(broken): f"{broken}: line 2: ",
         "{% if %}": "chat template: line 1: ",
@@ -320,6 +353,6 @@ def test_a_template_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path)
         "x" * 999: "cannot be read: File name too long; give a file",
     }.items():
         with pytest.raises(RooflineError) as caught:
-            tokenizer.with_chat_templates(*read_chat_template(option))
+            read_chat_template(option)
         assert problem in caught.value.message
         assert "\n" not in caught.value.message

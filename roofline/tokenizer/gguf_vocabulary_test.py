@@ -114,7 +114,7 @@ def test_bad_metadata_is_refused_by_file_and_key(changes: dict[str, Any], messag
     ("changes", "message"),
     [
         ({"model": "bert"}, r"model 'bert' is not supported; supported: gpt2 .*, llama"),
-        ({"pre": "tekken"}, r"pre 'tekken' is not supported; supported: default, gpt-2"),
+        ({"pre": "falcon"}, r"pre 'falcon' is not supported; supported: deepseek-r1-qwen, default"),
         ({"add_space_prefix": True}, r"add_space_prefix true is not supported"),
     ],
 )

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 from roofline.errors import CheckpointError, RequestError
 from roofline.sandbox import Sandbox
-from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.tokenizer.chat_template import ChatTemplate, Renderer
 from roofline.tokenizer.conversation import Conversation
 from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
 from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
@@ -28,7 +29,7 @@ from roofline.tokenizer.vocabulary import Vocabulary
 
 _MAX_SPECIAL_CHARACTERS = 1024
 
-# How much text a chat template may write: more than a context holds of any but odd text.
+# How much text a chat template may write.
 _BYTES_PER_TOKEN = 16
 _USUAL_CONTEXT_TOKENS = 1 << 17  # where the files do not say
 _MAX_CONTEXT_TOKENS = 1 << 21
@@ -54,14 +55,13 @@ class Tokenizer:
         self._added_texts = {id: token.content for id, token in added.items()}
         self._special_texts = _special_texts(vocabulary, added.values())
         self._template_tokens = vocabulary.template_tokens
-        self._sandbox = Sandbox()  # ends with this object, at the latest
         self._source = vocabulary.source
-        context_tokens = vocabulary.context_tokens or _USUAL_CONTEXT_TOKENS
-        self._max_chat_bytes = _BYTES_PER_TOKEN * min(max(context_tokens, 1), _MAX_CONTEXT_TOKENS)
+        self._renderer = Renderer(Sandbox(), _max_chat_bytes(vocabulary.context_tokens))
         self.chat_template: ChatTemplate | None = None
         if vocabulary.chat_templates:
             origin = f"{vocabulary.source}: chat template"
-            self.chat_template = self._chat_template(vocabulary.chat_templates, origin)
+            self.chat_template = ChatTemplate(vocabulary.chat_templates, origin)
+            self._renderer.start()
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], source: str) -> Self:
@@ -78,10 +78,11 @@ class Tokenizer:
         """Build from llama2.c's tokenizer.bin."""
         return cls(vocabulary_from_llama2c(path))
 
-    def with_chat_templates(self, sources: Mapping[str, str], origin: str) -> Self:
-        """The same tokenizer, whose chats other templates write; `origin` names their file."""
+    def with_chat_template(self, template: ChatTemplate) -> Self:
+        """The same tokenizer, whose chats another template writes."""
         other = copy.copy(self)
-        other.chat_template = self._chat_template(sources, origin)
+        other.chat_template = template
+        other._renderer.start()  # the same: one process serves both
         return other
 
     def encode(
@@ -168,7 +169,7 @@ class Tokenizer:
 
     def close(self) -> None:
         """End the process that renders chat templates; a later chat would start another."""
-        self._sandbox.close()
+        self._renderer.sandbox.close()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files from which `from_folder` builds this tokenizer again."""
@@ -192,9 +193,6 @@ class Tokenizer:
         text = json.dumps(config, indent=2)
         Path(folder, "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-    def _chat_template(self, sources: Mapping[str, str], origin: str) -> ChatTemplate:
-        return ChatTemplate(sources, origin, self._sandbox, max_bytes=self._max_chat_bytes)
-
     def _render(self, conversation: Conversation) -> list[str]:
         """The template's text, and at odd indices texts of special tokens that callers wrote."""
         template = self.chat_template
@@ -205,7 +203,7 @@ class Tokenizer:
             )
         template.refuse_unused(conversation.optional)
         return render_untrusted(
-            template.render,
+            partial(template.render, renderer=self._renderer),
             self._special_texts,
             {"messages": conversation.plain_messages(), **conversation.optional},
             {"add_generation_prompt": conversation.generation_prompt, **self._template_tokens},
@@ -217,7 +215,7 @@ class Tokenizer:
         for index, piece in enumerate(pieces):
             start = 0
             if piece and index % 2 == 0:
-                encoding = self._parsing.encode(_checked(piece), add_special_tokens=False)
+                encoding = _encoding(self._parsing, piece)
                 for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
                     if id in self.special_ids:
                         yield piece[start:begin]
@@ -226,11 +224,10 @@ class Tokenizer:
             yield piece[start:]
 
     def _parse(self, text: str) -> list[int]:
-        return self._parsing.encode(_checked(text), add_special_tokens=False).ids
+        return _encoding(self._parsing, text).ids
 
     def _encode_text(self, text: str, *, within: bool = False) -> list[int]:
-        plain = self._plain_within if within else self._plain
-        ids = plain.encode(_checked(text), add_special_tokens=False).ids
+        ids = _encoding(self._plain_within if within else self._plain, text).ids
         if not self.special_ids.isdisjoint(ids):  # a vocabulary whose merges make a special token
             token = next(id for id in ids if id in self.special_ids)
             raise RequestError(
@@ -238,6 +235,12 @@ class Tokenizer:
                 "which text of a request may not"
             )
         return ids
+
+
+def _max_chat_bytes(context_tokens: int | None) -> int:
+    """More text than a context holds, of any but odd text."""
+    tokens = min(max(context_tokens or _USUAL_CONTEXT_TOKENS, 1), _MAX_CONTEXT_TOKENS)
+    return _BYTES_PER_TOKEN * tokens
 
 
 def _special_texts(vocabulary: Vocabulary, added: Iterable[tokenizers.AddedToken]) -> SpecialTexts:
@@ -275,6 +278,19 @@ def _within_text(plain: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         replacement=words.replacement, prepend_scheme="never", split=words.split
     )
     return within
+
+
+def _encoding(bpe: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """Encode, unless the text cannot be; an interrupt goes its way."""
+    try:
+        return bpe.encode(_checked(text), add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the library's Rust, which has no class
+            raise
+    raise RequestError(
+        f"the text of {len(text)} characters cannot be cut into words: some run of it takes more "
+        "than the 10 million tries there are for one word; give it in parts"
+    )
 
 
 def _checked(text: str) -> str:

@@ -24,6 +24,8 @@ def _byte_of_character() -> dict[str, int]:
     }
 
 
+_MAX_REASON = 200  # characters: it may hold a token of the file, of any length
+
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
@@ -70,6 +72,6 @@ def refusing_bad_vocabulary(source: str) -> Generator[None, None, None]:
         yield
     except BaseException as error:
         if type(error) in (Exception, TypeError) or type(error).__name__ == "PanicException":
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:_MAX_REASON]
             raise CheckpointError(f"{source}: is no usable tokenizer: {reason}") from error
         raise
