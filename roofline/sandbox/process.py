@@ -1,7 +1,6 @@
-"""A killable child process for work on untrusted input: chat templates, grammars.
+"""A child process that can be killed: the parent's half and the child's.
 
-The parent's half and the child's; they speak JSON over pipes, never pickle. What the work is lives
-elsewhere: a module of plain functions from JSON to JSON, that imports little.
+They speak JSON over pipes, never pickle. What work the child does is not known here.
 """
 
 import importlib
@@ -28,7 +27,9 @@ _START_S = 60.0  # a machine may be busy while the child imports
 _ORPHAN_S = 1.0  # how much longer than its limit a child lives whose parent cannot kill it
 
 # -I and -S: nothing of the environment, of the working directory or of *.pth files is run.
-_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from roofline import sandbox; sandbox.serve()"
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[1:]; from roofline.sandbox.process import serve; serve()"
+)
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")  # what Python needs; no secrets
 
 
@@ -44,8 +45,11 @@ class Sandbox:
         self._child: _Child | None = None
 
     def start(self, *modules: str) -> None:
-        """Begin to start the child and to import modules there, without waiting for either."""
-        with self._lock, ExitStack() as unless_started:
+        """Begin to start the child and to import modules there, without waiting for either.
+
+        Where that cannot be, the next call says so.
+        """
+        with self._lock, suppress(errors.RooflineError), ExitStack() as unless_started:
             unless_started.callback(self._end)
             child = self._living_child()
             for module in modules:
@@ -101,7 +105,7 @@ class _Child:
     """A process that runs `serve`, from the parent's side."""
 
     def __init__(self) -> None:
-        own = str(Path(__file__).parents[1])  # the path itself may not lead here: import hooks
+        own = str(Path(__file__).parents[2])  # the path itself may not lead here: import hooks
         paths = [*filter(os.path.isabs, sys.path), own]
         self._prepared: set[str] = set()
         self._awaited = 0  # modules being imported

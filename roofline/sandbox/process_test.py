@@ -197,7 +197,7 @@ ENDLESS = f'sandbox.call("{WORK}:loop", {{}}, limit_s=0.5)\n'
     ids=["exits", "exits at once", "is killed", "is killed in a call", "exits in a call"],
 )
 def test_no_process_outlives_its_parent(code: str, end: signal.Signals | None) -> None:
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root, env={"PYTHONPATH": root}
     )
@@ -213,6 +213,7 @@ def test_no_process_outlives_its_parent(code: str, end: signal.Signals | None) -
 
 def test_without_an_interpreter_the_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    Sandbox().start(WORK)
     with pytest.raises(RooflineError, match=r"/nowhere/python cannot be run: No such file"):
         Sandbox().call(f"{WORK}:echo", {"value": 1})
     monkeypatch.setattr(sys, "executable", "/bin/false")
