@@ -35,7 +35,7 @@ class RowSampler:
 
     def _choose(self, logits: Tensor, position: int, mask: bytes | None) -> int:
         params = self.params
-        _keep_allowed(logits, params, mask)
+        keep_allowed(logits, params, mask)
         if params.logit_bias:
             tokens, biases = zip(*params.logit_bias, strict=True)
             logits[list(tokens)] += torch.tensor(biases)
@@ -44,7 +44,7 @@ class RowSampler:
         if logits.max() == -torch.inf:  # nothing is left: what must come beats what may not
             logits = unmasked
         if logits.max() == -torch.inf:  # the model itself rules out all that is allowed
-            _keep_allowed(logits.zero_(), params, mask)
+            keep_allowed(logits.zero_(), params, mask)
             return lowest_argmax(logits)
         _penalize(logits, params, self.history)
         if params.temperature == 0:
@@ -54,6 +54,19 @@ class RowSampler:
         allowed = torch.nonzero(logits > -torch.inf).squeeze(1)
         noise = gumbel(params.seed, position, allowed.numpy())
         return int(allowed[lowest_argmax(logits[allowed] + torch.from_numpy(noise))])
+
+
+def keep_allowed(logits: Tensor, params: RowStart, mask: bytes | None) -> None:
+    """Leave only the tokens that the mask and the request allow."""
+    if mask is not None:
+        bits = np.frombuffer(mask, dtype=np.uint8)
+        out = np.unpackbits(bits, count=len(logits), bitorder="little") == 0
+        logits.masked_fill_(torch.from_numpy(out), -torch.inf)
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids)
+        kept = logits[allowed]
+        logits.fill_(-torch.inf)
+        logits[allowed] = kept
 
 
 def lowest_argmax(values: Tensor) -> int:
@@ -102,19 +115,6 @@ def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     values, ids = torch.topk(raw, min(count, len(raw)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token, chosen, rank, top)
-
-
-def _keep_allowed(logits: Tensor, params: RowStart, mask: bytes | None) -> None:
-    """Leave only the tokens that the mask and the request allow."""
-    if mask is not None:
-        bits = np.frombuffer(mask, dtype=np.uint8)
-        out = np.unpackbits(bits, count=len(logits), bitorder="little") == 0
-        logits.masked_fill_(torch.from_numpy(out), -torch.inf)
-    if params.allowed_token_ids:
-        allowed = torch.tensor(params.allowed_token_ids)
-        kept = logits[allowed]
-        logits.fill_(-torch.inf)
-        logits[allowed] = kept
 
 
 def _forbid(logits: Tensor, params: RowStart, history: Sequence[int], position: int) -> None:
