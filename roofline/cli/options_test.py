@@ -20,6 +20,7 @@ NOT_OFFERED = {
     "prompt_logprobs",
     "skip_special_tokens",
     "include_stop_str_in_output",
+    "structured_outputs",  # schemas and grammars are no line of text
 }
 
 VALUES = {  # option: text, value
