@@ -39,7 +39,17 @@ class FloatWeight:
         return self.values.shape[0]
 
 
-Weight = Int8Weight | FloatWeight
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight matrix [N, K] in the order its backend reads it, which no other backend knows."""
+
+    values: Tensor  # [N * K] int8, bfloat16 or float32
+    scales: Tensor | None  # [N * groups] float32, of int8
+    rows: int  # output channels, N
+    layout: object
+
+
+Weight = Int8Weight | FloatWeight | PackedWeight
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Ops(abc.ABC):
 
     def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
         self.dtype = dtype  # of activations and KV; fixed here, never by the tokens of a step
-        self.scratch = scratch  # [n] float32, room for weights on their way to be multiplied
+        self.scratch = scratch  # [n] float32, room for what an op needs on its way
 
     @abc.abstractmethod
     def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:

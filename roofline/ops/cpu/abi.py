@@ -1,0 +1,106 @@
+"""The structs of csrc/abi.h, field by field: what an op is told. Pointers and 64-bit numbers only."""
+
+import ctypes
+from ctypes import Structure, c_double, c_int64, c_void_p
+from typing import Any, ClassVar
+
+VERSION = 2
+
+EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD = range(6)
+INT8, BFLOAT16, FLOAT32 = range(3)
+
+_Fields = ClassVar[list[tuple[str, Any]]]
+
+
+def _fields(pointers: str = "", **others: Any) -> list[tuple[str, Any]]:
+    """Fields in order: pointers by name, then the others."""
+    return [*((name, c_void_p) for name in pointers.split()), *others.items()]
+
+
+def _numbers(names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), c_int64)
+
+
+class Weight(Structure):
+    """A packed matrix."""
+
+    _fields_: _Fields = _fields(
+        "values scales", **_numbers("rows columns group offset kind chunks extremes")
+    )
+
+
+class Embed(Structure):
+    """`Ops.embed`."""
+
+    _fields_: _Fields = [
+        *_fields("step token_ids", table=Weight, first_id=c_int64),
+        *_fields("out"),
+    ]
+
+
+class NormQkvRopeStore(Structure):
+    """`Ops.norm_qkv_rope_store`."""
+
+    _fields_: _Fields = [
+        *_fields("step residual delta norm", eps=c_double, qkv=Weight),
+        *_fields("bias q_norm k_norm rope", rope_length=c_int64),
+        *_fields(
+            "positions slots keys values", **_numbers("heads kv_heads head_dim block_tokens")
+        ),
+        *_fields("normed mixed out"),
+    ]
+
+
+class Attention(Structure):
+    """`Ops.attention`."""
+
+    _fields_: _Fields = [
+        *_fields("step query keys values block_table", table_width=c_int64),
+        *_fields("query_start context_len", **_numbers("heads kv_heads head_dim block_tokens")),
+        *_fields(scale=c_double, window=c_int64),
+        *_fields("out"),
+    ]
+
+
+class Linear(Structure):
+    """`Ops.linear`."""
+
+    _fields_: _Fields = [*_fields("step x", weight=Weight), *_fields("out")]
+
+
+class NormGateUpSwiglu(Structure):
+    """`Ops.norm_gate_up_swiglu`."""
+
+    _fields_: _Fields = [
+        *_fields("step residual delta norm", eps=c_double, gate_up=Weight),
+        *_fields("normed out"),
+    ]
+
+
+class NormHead(Structure):
+    """`Ops.norm_head`."""
+
+    _fields_: _Fields = [
+        *_fields("step residual delta sampled norm", eps=c_double, head=Weight),
+        *_fields("normed out", out_stride=c_int64),
+    ]
+
+
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # name -> what it returns, what it takes
+    "roofline_abi_version": (ctypes.c_int, []),
+    "roofline_isa": (ctypes.c_char_p, [ctypes.c_int]),
+    "roofline_pool_new": (c_void_p, [ctypes.c_int]),
+    "roofline_pool_free": (None, [c_void_p]),
+    "roofline_run": (None, [c_void_p, ctypes.c_int, ctypes.c_int, c_int64, c_void_p]),
+    "roofline_tape_new": (c_void_p, []),
+    "roofline_tape_free": (None, [c_void_p]),
+    "roofline_tape_add": (
+        None,
+        [c_void_p, ctypes.c_int, ctypes.c_int, c_int64, c_void_p, c_int64],
+    ),
+    "roofline_tape_play": (None, [c_void_p, c_void_p]),
+    "roofline_pack": (
+        None,
+        [c_void_p, c_void_p, *[c_int64] * 5, ctypes.c_int, c_void_p, c_void_p],
+    ),
+}
