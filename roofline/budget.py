@@ -18,6 +18,7 @@ ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
 SCALE_BYTES = 4
 LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
+ROW_MULTIPLE = 16  # rows of a matrix in memory: the lanes of a SIMD register
 
 NativeGroups = Mapping[str, int]  # group size of each checkpoint tensor that is INT8 on disk
 
@@ -60,12 +61,18 @@ class MatrixPlan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the values, without scales."""
-        return self.rows * self.columns * (1 if self.group else ITEM_BYTES[self.dtype])
+        size = 1 if self.group else ITEM_BYTES[self.dtype]
+        return padded_rows(self.rows) * self.columns * size
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of the fp32 scales."""
-        return self.rows * self.groups * SCALE_BYTES
+        return padded_rows(self.rows) * self.groups * SCALE_BYTES
+
+
+def padded_rows(rows: int) -> int:
+    """Rows a matrix has in memory."""
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +206,8 @@ def plan_step_buffers(
     heads = len(parallel.query_heads(model, tp))
     channels = len(parallel.ffn_channels(model, tp))
     longest_row = max(model.hidden_size, heads * model.head_dim, channels)
+    qkv_rows = (heads + 2 * len(parallel.kv_heads(model, tp))) * model.head_dim
+    normed_and_mixed = tokens * (model.hidden_size + qkv_rows)
     buffers: dict[str, tuple[tuple[int, ...], str]] = {
         "token_ids": ((tokens,), "int64"),
         "positions": ((tokens,), "int64"),
@@ -212,7 +221,8 @@ def plan_step_buffers(
         "query": ((tokens, heads, model.head_dim), dtype),
         "attended": ((tokens, heads, model.head_dim), dtype),
         "activated": ((tokens, channels), dtype),
-        "scratch": ((max(SCRATCH_VALUES, longest_row),), "float32"),
+        "scratch": ((max(SCRATCH_VALUES, longest_row, normed_and_mixed),), "float32"),
+        "step": ((3,), "int64"),
         "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
     }
     if rank.is_last_stage:

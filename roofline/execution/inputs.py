@@ -27,7 +27,7 @@ class InputTables:
 
     def __init__(self, arena: Arena, block_size: int) -> None:
         names = "token_ids", "positions", "slots", "query_start", "context_len", "block_table"
-        self._views = {name: arena[name].numpy() for name in (*names, "last_token")}
+        self._views = {name: arena[name].numpy() for name in (*names, "last_token", "step")}
         self._arena, self._block_size = arena, block_size
         self._held = [0] * arena["block_table"].shape[0]  # blocks in each row's table
 
@@ -44,7 +44,12 @@ class InputTables:
             query_start[entry.row + 1] = entry.count
         np.cumsum(query_start, out=query_start)
         total = int(query_start[-1])
+        self._views["step"][:] = total, 0, len(context_len)
         return self._step_inputs(total), entries
+
+    def largest(self) -> StepInputs:
+        """The inputs of a step as large as one can be."""
+        return self._step_inputs(len(self._views["token_ids"]))
 
     def _entries(self, plan: StepPlan) -> list[Entry]:
         """Write tokens, positions, blocks and slots entry by entry."""

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from roofline.config import ParallelConfig
 from roofline.errors import RooflineError
 from roofline.execution.arena import Arena
+from roofline.execution.graphs import Replay, capture
 from roofline.execution.inputs import Entry, InputTables
 from roofline.execution.sampling import RowSampler, logprobs_of
 from roofline.models.decoder import Buffers, Decoder, rope_table
@@ -16,11 +18,17 @@ from roofline.scheduling.plan import NONE, StepPlan, StepResult
 class ModelRunner:
     """Runs plans on one rank's decoder, KV pool and arena."""
 
-    def __init__(self, decoder: Decoder, ops: Ops, kv_pool: Tensor, arena: Arena) -> None:
+    def __init__(
+        self, decoder: Decoder, ops: Ops, kv_pool: Tensor, arena: Arena, *, eager: bool = False
+    ) -> None:
         self._decoder, self._ops, self._kv_pool, self._arena = decoder, ops, kv_pool, arena
         self._tables = InputTables(arena, kv_pool.shape[4])
         self._samplers: list[RowSampler | None] = [None] * arena["last_token"].shape[0]
         rope_table(decoder.config, arena["rope"].shape[1], out=arena["rope"])
+        self._replay_forward: Replay | None = None
+        self._replay_head: Replay | None = None
+        if not eager and decoder.mesh.rank.parallel == ParallelConfig():
+            self._capture()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -29,7 +37,10 @@ class ModelRunner:
             self._samplers[start.row] = RowSampler(start)
         inputs, entries = self._tables.fill(plan)
         buffers = self._buffers(len(inputs.token_ids))
-        self._decoder.forward(self._ops, inputs, self._kv_pool, buffers)
+        if self._replay_forward is None:
+            self._decoder.forward(self._ops, inputs, self._kv_pool, buffers)
+        else:
+            self._replay_forward()
         tokens, logprobs = self._sample(entries, buffers)
         asked = [entry for entry in entries if self._prompt_logprobs(entry.row) != NONE]
         return StepResult(
@@ -38,6 +49,21 @@ class ModelRunner:
             logprobs=logprobs,
             prompt_logprobs={entry.index: self._score_prompt(entry, buffers) for entry in asked},
         )
+
+    def _capture(self) -> None:
+        """Record the step at its largest; the sizes of each step are read when it is replayed."""
+        arena, kept = self._arena, (self._decoder, self._arena, self._kv_pool)
+        tokens, inputs = len(arena["token_ids"]), self._tables.largest()
+        buffers, out = self._buffers(tokens), arena["logits"]
+
+        def forward() -> None:
+            self._decoder.forward(self._ops, inputs, self._kv_pool, buffers)
+
+        def head() -> None:
+            self._decoder.logits(self._ops, arena["sampled"], buffers, out, out)
+
+        self._replay_forward = capture(self._ops, forward, kept)
+        self._replay_head = capture(self._ops, head, kept)
 
     def _buffers(self, tokens: int) -> Buffers:
         arena = self._arena
@@ -89,7 +115,11 @@ class ModelRunner:
         sampled.copy_(torch.tensor(tokens, dtype=torch.int64))
         out = arena["logits"][:count]
         shard = arena["logits_shard"][:count] if "logits_shard" in arena else out
-        self._decoder.logits(self._ops, sampled, buffers, shard, out)
+        if self._replay_head is None:
+            self._decoder.logits(self._ops, sampled, buffers, shard, out)
+        else:
+            arena["step"][1] = count
+            self._replay_head()
         if not (out < torch.inf).all():  # NaN compares false
             raise RooflineError(
                 "the model's logits are NaN or infinite: its weights or its config are wrong"

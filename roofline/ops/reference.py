@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from roofline.ops import FloatWeight, Int8Weight, Ops, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
 
 TILE_TOKENS = 16
 SPAN_TOKENS = 256  # KV positions attention reads at a time, rounded down to whole blocks
@@ -24,6 +24,7 @@ class ReferenceOps(Ops):
         local = token_ids - first_id
         here = (local >= 0) & (local < table.rows)
         rows = local.clamp(0, table.rows - 1)
+        assert not isinstance(table, PackedWeight), "packed for another backend"
         if isinstance(table, Int8Weight):
             picked = Int8Weight(table.values[rows], table.scales[rows], table.group, table.offset)
             values = dequantize(picked, torch.empty(picked.values.shape))
@@ -160,6 +161,7 @@ def multiply(x: Tensor, weight: Weight, scratch: Tensor) -> Tensor:
     `scratch` is float32 of at least one row of the weight; a slab of rows is dequantised to it,
     small enough to stay in cache while every tile is multiplied by it.
     """
+    assert not isinstance(weight, PackedWeight), "packed for another backend"
     tokens, columns = x.shape
     tiles = -(-tokens // TILE_TOKENS)
     padded = torch.zeros(tiles, TILE_TOKENS, columns)
@@ -175,7 +177,7 @@ def multiply(x: Tensor, weight: Weight, scratch: Tensor) -> Tensor:
     return result.transpose(1, 2).reshape(-1, weight.rows)[:tokens]
 
 
-def _float_rows(weight: Weight, start: int, stop: int, out: Tensor) -> None:
+def _float_rows(weight: Int8Weight | FloatWeight, start: int, stop: int, out: Tensor) -> None:
     if isinstance(weight, FloatWeight):
         out.copy_(weight.values[start:stop])
         return

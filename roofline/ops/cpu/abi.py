@@ -1,4 +1,4 @@
-"""The structs of csrc/abi.h, field by field: what an op is told. Pointers and 64-bit numbers only."""
+"""The structs of csrc/abi.h, field by field. Pointers and 64-bit numbers only."""
 
 import ctypes
 from ctypes import Structure, c_double, c_int64, c_void_p
@@ -9,10 +9,10 @@ VERSION = 2
 EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD = range(6)
 INT8, BFLOAT16, FLOAT32 = range(3)
 
-_Fields = ClassVar[list[tuple[str, Any]]]
+_Field = tuple[str, Any]
 
 
-def _fields(pointers: str = "", **others: Any) -> list[tuple[str, Any]]:
+def _fields(pointers: str = "", **others: Any) -> list[_Field]:
     """Fields in order: pointers by name, then the others."""
     return [*((name, c_void_p) for name in pointers.split()), *others.items()]
 
@@ -24,7 +24,7 @@ def _numbers(names: str) -> dict[str, Any]:
 class Weight(Structure):
     """A packed matrix."""
 
-    _fields_: _Fields = _fields(
+    _fields_: ClassVar[list[_Field]] = _fields(
         "values scales", **_numbers("rows columns group offset kind chunks extremes")
     )
 
@@ -32,7 +32,7 @@ class Weight(Structure):
 class Embed(Structure):
     """`Ops.embed`."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[list[_Field]] = [
         *_fields("step token_ids", table=Weight, first_id=c_int64),
         *_fields("out"),
     ]
@@ -41,12 +41,10 @@ class Embed(Structure):
 class NormQkvRopeStore(Structure):
     """`Ops.norm_qkv_rope_store`."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta norm", eps=c_double, qkv=Weight),
         *_fields("bias q_norm k_norm rope", rope_length=c_int64),
-        *_fields(
-            "positions slots keys values", **_numbers("heads kv_heads head_dim block_tokens")
-        ),
+        *_fields("positions slots keys values", **_numbers("heads kv_heads head_dim block_tokens")),
         *_fields("normed mixed out"),
     ]
 
@@ -54,7 +52,7 @@ class NormQkvRopeStore(Structure):
 class Attention(Structure):
     """`Ops.attention`."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[list[_Field]] = [
         *_fields("step query keys values block_table", table_width=c_int64),
         *_fields("query_start context_len", **_numbers("heads kv_heads head_dim block_tokens")),
         *_fields(scale=c_double, window=c_int64),
@@ -65,13 +63,13 @@ class Attention(Structure):
 class Linear(Structure):
     """`Ops.linear`."""
 
-    _fields_: _Fields = [*_fields("step x", weight=Weight), *_fields("out")]
+    _fields_: ClassVar[list[_Field]] = [*_fields("step x", weight=Weight), *_fields("out")]
 
 
 class NormGateUpSwiglu(Structure):
     """`Ops.norm_gate_up_swiglu`."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta norm", eps=c_double, gate_up=Weight),
         *_fields("normed out"),
     ]
@@ -80,7 +78,7 @@ class NormGateUpSwiglu(Structure):
 class NormHead(Structure):
     """`Ops.norm_head`."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta sampled norm", eps=c_double, head=Weight),
         *_fields("normed out", out_stride=c_int64),
     ]

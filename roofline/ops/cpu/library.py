@@ -6,15 +6,13 @@ A missing or stale library is a reason in words, never an exception: the referen
 import ctypes
 import importlib.metadata
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from roofline.errors import UsageError
 from roofline.ops.cpu import abi
 
-ISA_VARIABLE = "ROOFLINE_CPU_ISA"
-REQUIRE_VARIABLE = "ROOFLINE_REQUIRE_NATIVE"
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _NAME = ("" if sys.platform == "win32" else "lib") + "roofline_native" + _SUFFIX
 
@@ -34,26 +32,21 @@ class Library:
         return self.isas[self.isa]
 
 
-def open_library(environ: Mapping[str, str]) -> Library | str:
-    """The library, or one line of why there is none.
+def open_library(isa: str | None = None) -> Library | str:
+    """The library with an ISA (default: the best this CPU runs), or a line of why there is none.
 
-    UsageError for an ISA asked for that this CPU or this library has not, and where the library is
-    required and missing.
+    UsageError for an ISA that this CPU or this build has not.
     """
     found = _open_first()
     if isinstance(found, str):
-        if environ.get(REQUIRE_VARIABLE) == "1":
-            raise UsageError(f"{REQUIRE_VARIABLE}=1, but {found}")
         return found
     functions, path = found
     isas = tuple(_isas(functions))
-    wanted = environ.get(ISA_VARIABLE) or isas[0]
-    if wanted not in isas:
+    if isa is not None and isa not in isas:
         raise UsageError(
-            f"{ISA_VARIABLE} is '{wanted}', which this CPU or this build cannot run; "
-            f"here: {', '.join(isas)}"
+            f"cpu_isa is '{isa}', which this CPU or this build cannot run; here: {', '.join(isas)}"
         )
-    return Library(functions, path, isas, isas.index(wanted))
+    return Library(functions, path, isas, isas.index(isa) if isa else 0)
 
 
 def _open_first() -> tuple[ctypes.CDLL, Path] | str:

@@ -17,6 +17,8 @@ from roofline.ops.cpu import abi
 from roofline.ops.cpu.library import Library
 from roofline.ops.cpu.packing import address
 
+MAX_QUERIES, MAX_HEAD_DIM = 32, 256  # as in csrc/attention.h
+
 
 class Pool:
     """Threads that run ops together; the caller is one of them."""

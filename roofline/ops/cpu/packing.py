@@ -2,17 +2,18 @@
 
 import torch
 
+from roofline.budget import ROW_MULTIPLE, padded_rows
 from roofline.ops import FloatWeight, Int8Weight, PackedWeight
 from roofline.ops.cpu import abi
 from roofline.ops.cpu.library import Library
 
-LANES = 16  # rows of a chunk
+LANES = ROW_MULTIPLE  # rows of a chunk
 _KINDS = {torch.int8: abi.INT8, torch.bfloat16: abi.BFLOAT16, torch.float32: abi.FLOAT32}
 
 
-def can_pack(rows: int, columns: int, group: int, offset: int) -> bool:
+def can_pack(columns: int, group: int, offset: int) -> bool:
     """Whether a matrix is of a shape that the kernels take."""
-    return rows % LANES == 0 and columns % 4 == 0 and group % 4 == 0 and offset % 4 == 0
+    return columns % 4 == 0 and group % 4 == 0 and offset % 4 == 0
 
 
 def pack(library: Library, weight: Int8Weight | FloatWeight, *, paired: bool) -> PackedWeight:
@@ -23,9 +24,9 @@ def pack(library: Library, weight: Int8Weight | FloatWeight, *, paired: bool) ->
     if isinstance(weight, Int8Weight):
         source_scales = weight.scales.contiguous()
         group, offset, groups = weight.group, weight.offset, source_scales.shape[1]
-        scales = torch.empty(rows * groups)
-    values = torch.empty(rows * columns, dtype=source.dtype)
-    chunks = _block_chunks(rows // LANES, paired)
+        scales = torch.empty(padded_rows(rows) * groups)
+    values = torch.empty(padded_rows(rows) * columns, dtype=source.dtype)
+    chunks = _block_chunks(padded_rows(rows) // LANES, paired)
     library.functions.roofline_pack(
         *(source.data_ptr(), address(source_scales), rows, columns, groups),
         *(source.element_size(), chunks, paired, values.data_ptr(), address(scales)),
