@@ -178,7 +178,7 @@ static void attention(const void* arguments, Team& team) {
     for (int64_t row = 0; row < a.step->rows; ++row)
         tasks += ceil_div(a.query_start[row + 1] - a.query_start[row], tile) * a.kv_heads;
     int64_t row = -1, before = 0, here = 0;  // tasks of earlier rows, and of this one
-    team.run(tasks, [&](int64_t task) {      // a thread's tasks come in rising order
+    team.run(tasks, 1, [&](int64_t task) {      // a thread's tasks come in rising order
         while (task >= before + here) {
             before += here;
             ++row;

@@ -320,7 +320,7 @@ static void multiply_block(const Weight& w, const Block& block, int tokens, cons
 template <class X>
 static void multiply(const Weight& w, int64_t tokens, const X* x, float* out, int64_t out_stride,
                      Team& team) {
-    team.run(block_count(w), [&](int64_t index) {
+    team.run(block_count(w), 1, [&](int64_t index) {
         alignas(64) float totals[TILE_TOKENS * MAX_CHUNKS * LANES];
         const Block block = block_at(w, index);
         const int64_t left = w.rows - block.first_row, height = block.chunks * LANES;

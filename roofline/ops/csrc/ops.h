@@ -35,7 +35,7 @@ static void add(float* residual, const float* delta, int64_t count) {
 template <class X>
 static void add_and_norm(int64_t tokens, int64_t columns, float* residual, const float* delta,
                          const float* norm, float eps, X* out, Team& team) {
-    team.run(tokens, [&](int64_t t) {
+    team.run(tokens, 1, [&](int64_t t) {
         float* row = residual + t * columns;
         if (delta) add(row, delta + t * columns, columns);
         rms_norm(row, nullptr, norm, eps, columns, out + t * columns);
@@ -46,7 +46,7 @@ static void embed(const void* arguments, Team& team) {
     const Embed& a = *static_cast<const Embed*>(arguments);
     const Weight& w = a.table;
     const int64_t columns = w.columns, bytes = 1 << w.kind;
-    team.run(a.step->tokens, [&](int64_t t) {
+    team.run(a.step->tokens, 1, [&](int64_t t) {
         float* out = a.out + t * columns;
         const int64_t row = a.token_ids[t] - a.first_id;
         if (row < 0 || row >= w.rows) {
@@ -97,7 +97,7 @@ static void norm_qkv_rope_store(const void* arguments, Team& team) {
     add_and_norm(tokens, hidden, a.residual, a.delta, a.norm, float(a.eps), normed, team);
     multiply(a.qkv, tokens, normed, a.mixed, a.qkv.rows, team);
     const int64_t heads = a.heads + 2 * a.kv_heads;
-    team.run(tokens * heads, [&](int64_t task) {
+    team.run(tokens * heads, 4, [&](int64_t task) {
         const int64_t t = task / heads, head = task % heads, position = a.positions[t];
         float* x = a.mixed + t * a.qkv.rows + head * dim;
         if (a.bias) add(x, a.bias + head * dim, dim);
@@ -141,7 +141,7 @@ static void norm_gate_up_swiglu(const void* arguments, Team& team) {
     X* normed = static_cast<X*>(a.normed);
     X* activated = static_cast<X*>(a.out);
     add_and_norm(tokens, w.columns, a.residual, a.delta, a.norm, float(a.eps), normed, team);
-    team.run(block_count(w), [&](int64_t index) {
+    team.run(block_count(w), 1, [&](int64_t index) {
         alignas(64) float totals[TILE_TOKENS * MAX_CHUNKS * LANES];
         const Block block = block_at(w, index);
         for (int64_t start = 0; start < tokens; start += TILE_TOKENS) {
@@ -162,7 +162,7 @@ static void norm_head(const void* arguments, Team& team) {
     const NormHead& a = *static_cast<const NormHead*>(arguments);
     const int64_t hidden = a.head.columns, sampled = a.step->sampled;
     X* normed = static_cast<X*>(a.normed);
-    team.run(sampled, [&](int64_t s) {
+    team.run(sampled, 1, [&](int64_t s) {
         const int64_t t = a.sampled[s];
         rms_norm(a.residual + t * hidden, a.delta + t * hidden, a.norm, float(a.eps), hidden,
                  normed + s * hidden);

@@ -8,8 +8,8 @@ constexpr int SPINS_AWAKE = 20000;  // about 0.3 ms: the next op of a step comes
 
 void Team::give_way() { std::this_thread::yield(); }
 
-Pool::Pool(int threads) : size_(threads), shared_{}, team_(shared_, 0, threads) {
-    for (int rank = 1; rank < threads; ++rank) threads_.emplace_back(&Pool::follow, this, rank);
+Pool::Pool(int threads) : size_(threads), team_(shared_, threads) {
+    for (int i = 1; i < threads; ++i) threads_.emplace_back(&Pool::follow, this);
 }
 
 Pool::~Pool() {
@@ -37,14 +37,14 @@ void Pool::start() {
     if (asleep_.load() > 0) job_.notify_all();
 }
 
-// Ends with a barrier that all ops end with, so nobody is inside when the caller returns.
 void Pool::work(Team& team) {
     if (tape_) tape_->play(team);
     else kernel_(arguments_, team);
+    team.join();
 }
 
-void Pool::follow(int rank) {
-    Team team(shared_, rank, size_);
+void Pool::follow() {
+    Team team(shared_, size_);
     for (uint64_t seen = 0;;) {
         for (int spins = 0; job_.load(std::memory_order_acquire) == seen && spins < SPINS_AWAKE; ++spins)
             RL_PAUSE();

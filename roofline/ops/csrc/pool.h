@@ -45,7 +45,7 @@ class Pool {
   private:
     void start();
     void work(Team& team);
-    void follow(int rank);
+    void follow();
 
     const int size_;
     Shared shared_;

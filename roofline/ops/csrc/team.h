@@ -15,54 +15,79 @@
 
 namespace roofline {
 
-// What the threads of a team share; a phase is the tasks between two barriers.
-struct alignas(64) Shared {
-    alignas(64) std::atomic<int64_t> next[3];  // tasks taken in a phase, by phase modulo 3
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<uint64_t> phase{0};
+// What the threads of a team share. A phase is the tasks of one `Team::run`, counted from the
+// first of all: it is over when its tasks are done, whether or not every thread took part. So a
+// thread that has lost its core to another program holds nobody up; it skips what it missed.
+struct Shared {
+    alignas(64) std::atomic<uint64_t> claims{0};  // the phase, and below it the tasks taken
+    alignas(64) std::atomic<int64_t> done{0};     // tasks of the phase
+    alignas(64) std::atomic<int64_t> joined{0};   // threads that have come to `join`, ever
 };
 
 // One thread's view. Which thread does a task changes no bit of its result.
 class Team {
   public:
-    Team(Shared& shared, int rank, int size) : rank(rank), size(size), shared_(shared) {}
+    Team(Shared& shared, int size) : size(size), shared_(shared) {}
 
-    const int rank, size;
+    const int size;
 
-    // Run task(i) for i in [0, count), each by one of the threads, then wait for all.
+    // Run task(i) for every i in [0, count), each on one of the threads; return when all are done.
+    // `grain` tasks are taken at a time. Every thread must come here with the same count.
     template <class Task>
-    void run(int64_t count, Task&& task) {
-        std::atomic<int64_t>& next = shared_.next[phase_ % 3];
-        for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
-             i = next.fetch_add(1, std::memory_order_relaxed))
-            task(i);
-        barrier();
-    }
-
-    // Wait until every thread has come here.
-    void barrier() {
-        const uint64_t phase = phase_++;
-        if (shared_.arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-            shared_.arrived.store(0, std::memory_order_relaxed);
-            // Nobody is in phase + 2 yet, and all have left phase - 1, whose counter that is.
-            shared_.next[(phase + 2) % 3].store(0, std::memory_order_relaxed);
-            shared_.phase.store(phase_, std::memory_order_release);
+    void run(int64_t count, int64_t grain, Task&& task) {
+        const uint64_t phase = phase_++ << TASK_BITS;
+        if (count == 0) {  // nobody would end the phase
+            uint64_t expected = phase;
+            shared_.claims.compare_exchange_strong(expected, phase_ << TASK_BITS);
             return;
         }
-        for (int spins = 0; shared_.phase.load(std::memory_order_acquire) == phase; ++spins) {
-            RL_PAUSE();
-            if (spins > 2000) give_way();
+        uint64_t claims = shared_.claims.load(std::memory_order_acquire);
+        while (claims >> TASK_BITS == phase >> TASK_BITS) {
+            const int64_t first = int64_t(claims - phase);
+            if (first >= count) {
+                wait_past(phase);
+                return;
+            }
+            const int64_t last = first + grain < count ? first + grain : count;
+            if (!shared_.claims.compare_exchange_weak(claims, phase + uint64_t(last),
+                                                      std::memory_order_acq_rel))
+                continue;
+            for (int64_t i = first; i < last; ++i) task(i);
+            if (shared_.done.fetch_add(last - first, std::memory_order_acq_rel) + last - first == count) {
+                shared_.done.store(0, std::memory_order_relaxed);
+                shared_.claims.store(phase_ << TASK_BITS, std::memory_order_release);
+                return;
+            }
+            claims = shared_.claims.load(std::memory_order_acquire);
         }
     }
 
-    // Take the phase up where the team stands, before the first task of a run.
-    void join() { phase_ = shared_.phase.load(std::memory_order_acquire); }
+    // Wait until every thread has come here: after the last op, before arguments may change.
+    void join() {
+        joins_ += size;
+        shared_.joined.fetch_add(1, std::memory_order_acq_rel);
+        for (int spins = 0; shared_.joined.load(std::memory_order_acquire) < joins_; ++spins)
+            pause(spins);
+    }
 
   private:
-    static void give_way();  // to whatever else wants this core
+    static constexpr int TASK_BITS = 32;
+    static constexpr int SPINS = 4000;  // some 0.1 ms, then others may have this core
+
+    void wait_past(uint64_t phase) {
+        for (int spins = 0; shared_.claims.load(std::memory_order_acquire) >> TASK_BITS ==
+                            phase >> TASK_BITS; ++spins)
+            pause(spins);
+    }
+    static void pause(int spins) {
+        RL_PAUSE();
+        if (spins > SPINS) give_way();
+    }
+    static void give_way();
 
     Shared& shared_;
     uint64_t phase_ = 0;
+    int64_t joins_ = 0;
 };
 
 }  // namespace roofline
