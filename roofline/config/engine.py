@@ -57,6 +57,9 @@ class EngineConfig:
         "auto keeps the groups of a file that is already INT8, else 128",
     )
     dtype: Literal["bfloat16", "float32"] = _option("bfloat16", "of activations and KV cache")
+    activations: Literal["float", "int8"] = _option(
+        "float", "int8 rounds what INT8 weights are multiplied by, too: faster, less exact"
+    )
     max_model_len: Literal["auto"] | int = _option(
         "auto", "context in tokens; auto is the model's own, or the largest that fits", 1, 1 << 27
     )

@@ -4,10 +4,10 @@ import ctypes
 from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any, ClassVar
 
-VERSION = 2
+VERSION = 3
 
 EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD = range(6)
-INT8, BFLOAT16, FLOAT32 = range(3)
+INT8, BFLOAT16, FLOAT32, OFFSET_INT8 = range(4)
 
 _Field = tuple[str, Any]
 
@@ -45,7 +45,7 @@ class NormQkvRopeStore(Structure):
         *_fields("step residual delta norm", eps=c_double, qkv=Weight),
         *_fields("bias q_norm k_norm rope", rope_length=c_int64),
         *_fields("positions slots keys values", **_numbers("heads kv_heads head_dim block_tokens")),
-        *_fields("normed mixed out"),
+        *_fields("normed quantized mixed out"),
     ]
 
 
@@ -63,7 +63,10 @@ class Attention(Structure):
 class Linear(Structure):
     """`Ops.linear`."""
 
-    _fields_: ClassVar[list[_Field]] = [*_fields("step x", weight=Weight), *_fields("out")]
+    _fields_: ClassVar[list[_Field]] = [
+        *_fields("step x", weight=Weight),
+        *_fields("quantized out"),
+    ]
 
 
 class NormGateUpSwiglu(Structure):
@@ -71,7 +74,7 @@ class NormGateUpSwiglu(Structure):
 
     _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta norm", eps=c_double, gate_up=Weight),
-        *_fields("normed out"),
+        *_fields("normed quantized out"),
     ]
 
 
@@ -80,7 +83,7 @@ class NormHead(Structure):
 
     _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta sampled norm", eps=c_double, head=Weight),
-        *_fields("normed out", out_stride=c_int64),
+        *_fields("normed quantized out", out_stride=c_int64),
     ]
 
 
@@ -99,6 +102,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # name -> what it returns, wha
     "roofline_tape_play": (None, [c_void_p, c_void_p]),
     "roofline_pack": (
         None,
-        [c_void_p, c_void_p, *[c_int64] * 5, ctypes.c_int, c_void_p, c_void_p],
+        [c_void_p, c_void_p, *[c_int64] * 5, ctypes.c_int, ctypes.c_int, c_void_p, c_void_p],
     ),
 }
