@@ -109,7 +109,25 @@ struct NormHead {
     int64_t out_stride;
 };
 
-enum Op : int64_t { EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD, OPS };
+// For benchmarks: `count` bytes of a buffer to read, or steps to repeat.
+struct Measure {
+    const void* buffer;
+    int64_t count;
+    float* sink;  // [64]
+};
+
+enum Op : int64_t {
+    EMBED,
+    NORM_QKV_ROPE_STORE,
+    ATTENTION,
+    LINEAR,
+    NORM_GATE_UP_SWIGLU,
+    NORM_HEAD,
+    READ_MEMORY,
+    DOT_ACTIVATIONS,  // of the activation dtype
+    DOT_INT8,
+    OPS
+};
 
 class Team;
 // Every thread of the team calls an op with the same arguments.
