@@ -9,10 +9,17 @@ constexpr int SPINS_AWAKE = 20000;  // about 0.3 ms: the next op of a step comes
 void Team::give_way() { std::this_thread::yield(); }
 
 Pool::Pool(int threads) : size_(threads), team_(shared_, threads) {
-    for (int i = 1; i < threads; ++i) threads_.emplace_back(&Pool::follow, this);
+    try {
+        for (int i = 1; i < threads; ++i) threads_.emplace_back(&Pool::follow, this);
+    } catch (...) {  // the system gives no more
+        close();
+        throw;
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { close(); }
+
+void Pool::close() {
     closing_.store(true);
     start();
     for (std::thread& thread : threads_) thread.join();

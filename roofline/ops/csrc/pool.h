@@ -44,6 +44,7 @@ class Pool {
 
   private:
     void start();
+    void close();
     void work(Team& team);
     void follow();
 

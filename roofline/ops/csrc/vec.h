@@ -175,7 +175,7 @@ RL_EACH(operator*, a.v[t] * b.v[t])
 RL_EACH(operator/, a.v[t] / b.v[t])
 RL_EACH(largest, a.v[t] > b.v[t] ? a.v[t] : b.v[t])
 RL_EACH(smallest, a.v[t] < b.v[t] ? a.v[t] : b.v[t])
-RL_EACH(times_power_of_two, std::ldexp(a.v[t], int(b.v[t])))
+RL_EACH(times_power_of_two, b.v[t] == b.v[t] ? std::ldexp(a.v[t], int(b.v[t])) : b.v[t])
 #undef RL_EACH
 INLINE Vec load(const float* p) {
     Vec a;
@@ -265,12 +265,13 @@ INLINE float sum_lanes(Vec a) {  // one order on every ISA: halves, halves of ha
     return lanes[0];
 }
 
-INLINE float largest_lane(Vec a) {
+INLINE float largest_lane(Vec a) {  // NaN where a lane is
     float lanes[LANES];
     store(lanes, a);
     for (int width = LANES / 2; width; width /= 2)
         for (int t = 0; t < width; ++t)
-            if (!(lanes[t] > lanes[t + width])) lanes[t] = lanes[t + width];
+            if (!(lanes[t] > lanes[t + width]) && lanes[t] == lanes[t])
+                lanes[t] = lanes[t + width];
     return lanes[0];
 }
 
