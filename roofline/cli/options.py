@@ -4,14 +4,18 @@ A command takes `**options` and receives those that were given, as values of the
 is checked here and no default is filled in: the dataclass does both, for every door alike.
 """
 
+import contextlib
 import dataclasses
+import difflib
 import inspect
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
 from roofline.config import EngineConfig, parse_option
+from roofline.errors import UsageError, shown
 from roofline.request import SamplingParams
 
 Model = Annotated[
@@ -85,16 +89,40 @@ def take_sampling(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in _SAMPLING_HELP if name in given}
 
 
+def settable() -> list[str]:
+    """Names of the sampling options that a chat can change."""
+    return [*_SAMPLING_HELP, "seed"]
+
+
+def parse_sampling(name: str, text: str) -> Any:
+    """What the text of a settable sampling option means; a list is JSON, or its only item."""
+    if name not in settable():
+        near = difflib.get_close_matches(name, settable(), 1)
+        advice = f"did you mean {near[0]}?" if near else f"options: {', '.join(settable())}"
+        raise UsageError(f"unknown sampling option {shown(name)}; {advice}")
+    hint = get_type_hints(SamplingParams)[name]
+    if text == "none" and type(None) in get_args(hint):
+        return None
+    item = _item_hint(hint)
+    if item is None:
+        return parse_option(hint, text)
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, (str, list)):
+            return value if isinstance(value, list) else [value]
+    return [parse_option(item, text)]
+
+
 _SAMPLING = Group("Sampling", sort_key=1)
 _ENGINE = Group("Engine", help="Each is read from the environment too.", sort_key=2)
 
 
 def _option(name: str, hint: Any, group: Group, text: str, default: object) -> inspect.Parameter:
     """A keyword that is absent unless given; the help shows what holds then."""
-    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
     kind, item, read = (bool, hint, None) if hint is bool else (str, hint, _read_one(hint))
-    if lists:
-        (item,) = get_args(lists[0])
+    items = _item_hint(hint)
+    if items is not None:
+        item = items
         kind, read = list[str], _read_all(item)
     parameter = Parameter(
         group=group,
@@ -108,6 +136,12 @@ def _option(name: str, hint: Any, group: Group, text: str, default: object) -> i
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _item_hint(hint: Any) -> Any:
+    """The type of a list's items; None for what is no list."""
+    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
+    return get_args(lists[0])[0] if lists else None
 
 
 def _read_one(hint: Any) -> Callable[[Any, Sequence[Token]], Any]:
