@@ -9,9 +9,9 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CompletionOutput": "roofline.llm",
+    "CompletionOutput": "roofline.doors.outputs",
     "LLM": "roofline.llm",
-    "RequestOutput": "roofline.llm",
+    "RequestOutput": "roofline.doors.outputs",
     "SamplingParams": "roofline.request",
 }
 

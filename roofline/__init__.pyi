@@ -1,6 +1,7 @@
 """The names that `__init__.py` loads lazily, as types."""
 
-from roofline.llm import LLM, CompletionOutput, RequestOutput
+from roofline.doors.outputs import CompletionOutput, RequestOutput
+from roofline.llm import LLM
 from roofline.request import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
