@@ -4,8 +4,8 @@ from collections.abc import Generator, Sequence
 from typing import cast
 
 import roofline
+from roofline.doors.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from roofline.errors import RequestError
-from roofline.llm import CompletionOutput, RequestMetrics, RequestOutput
 from roofline.request import SamplingParams
 
 NO_SYSTEM = "no system messages, please"

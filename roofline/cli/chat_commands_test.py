@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_what_cannot_be_meant_is_one_line_and_changes_nothing(
     ],
 )
 def test_set_changes_one_option(
-    line: str, said: str, changed: dict[str, object], conversation: Conversation
+    line: str, said: str, changed: dict[str, Any], conversation: Conversation
 ) -> None:
     assert perform(conversation, line) == said
     assert conversation.sampling == dataclasses.replace(START, **changed)

@@ -61,8 +61,9 @@ class Conversation:
         output: roofline.RequestOutput | None = None
         shown = 0
         try:
-            with contextlib.closing(self._stream(messages)) as stream:
-                for output in stream:
+            answer = self.llm.chat(messages, self.sampling, stream=True)
+            with contextlib.closing(answer):
+                for output in answer:
                     text = output.outputs[0].text
                     yield text[shown:]
                     shown = len(text)
@@ -103,9 +104,6 @@ class Conversation:
             "ttft_s": output.metrics.first_token_time - self._asked,
             **figures.Decoding.of(self.llm, [output]).report(figures.bandwidth_gb_s()),
         }
-
-    def _stream(self, messages: list[dict[str, str]]) -> Generator["roofline.RequestOutput"]:
-        return self.llm.chat(messages, self.sampling, stream=True)
 
     def _keep(self, question: str, output: "roofline.RequestOutput") -> None:
         self.output = output

@@ -85,7 +85,7 @@ def test_a_system_message_the_template_refuses_changes_nothing() -> None:
 def test_a_refusal_that_is_not_about_length_is_passed_on() -> None:
     _, llm = FakeLLM.make()
     conversation = Conversation(llm, GREEDY)
-    with pytest.raises(RequestError, match="^the chat template refused"):
+    with pytest.raises(RequestError, match=r"^the chat template refused"):
         list(conversation.ask(NO_SYSTEM))
     assert conversation.turns == []
 
