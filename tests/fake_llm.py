@@ -16,7 +16,7 @@ class FakeLLM:
 
     def __init__(self, max_model_len: int = 100) -> None:
         self.max_model_len = max_model_len
-        self.chat_template = "a template"
+        self.chat_template: str | None = "a template"
         self.asked: list[list[dict[str, str]]] = []
         self.params: list[SamplingParams] = []
         self.alive = 0  # answers begun and not ended
@@ -26,6 +26,16 @@ class FakeLLM:
         """The same object twice: as what it is, and as what it stands for."""
         fake = cls(max_model_len)
         return fake, cast("roofline.LLM", fake)
+
+    def __enter__(self) -> "FakeLLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.alive == 0
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What its generation_config says."""
+        return SamplingParams(temperature=0.7, top_p=0.9)
 
     def get_tokenizer(self) -> "FakeLLM":
         """Itself: it has the one method that a chat uses."""
