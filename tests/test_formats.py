@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -17,8 +16,9 @@ from roofline.cli import figures
 from roofline.cli.fit import fit
 from roofline.cli.quantize import quantize
 from roofline.cli.run import run
-from tests.llama2c_writer import LAYOUTS, interleave, random_llama, write_model
-from tests.sentencepiece_model import BOS, SIZE, gguf_metadata, trained, write_tokenizer_bin
+from tests.gguf_writer import write_gguf
+from tests.llama2c_writer import LAYOUTS, random_llama, write_model
+from tests.sentencepiece_model import BOS, SIZE, trained, write_tokenizer_bin
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 FLOATS: dict[str, Any] = {"quantization": "none", "dtype": "float32"}
@@ -29,35 +29,6 @@ def written(folder: Path, layout: str) -> tuple[Path, LlamaForCausalLM]:
     model = random_llama(vocab_size=SIZE)
     write_tokenizer_bin(folder / "tokenizer.bin")
     return write_model(model, folder / "model.bin", layout), model
-
-
-def write_gguf(model: LlamaForCausalLM, path: Path) -> Path:
-    """The model as llama.cpp's converter writes one of Llama 2."""
-    writer, config = gguf.GGUFWriter(path, "llama"), model.config
-    heads: dict[str, int] = {"attn_q": config.num_attention_heads, "attn_k": 2}
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads["attn_q"])
-    writer.add_head_count_kv(heads["attn_k"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    metadata = gguf_metadata()
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(metadata["tokenizer.ggml.tokens"])
-    writer.add_token_scores(metadata["tokenizer.ggml.scores"].tolist())
-    writer.add_token_types(metadata["tokenizer.ggml.token_type"].tolist())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        stored = names.get_name(name, try_suffixes=(".weight",)) or name
-        ordered = interleave(weight, heads.get(stored.split(".")[-2], 0))
-        writer.add_tensor(stored, ordered.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def assert_answers_of(peer: Any, path: Path) -> None:

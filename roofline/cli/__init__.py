@@ -65,9 +65,11 @@ for _name, _help in {
     "doctor": "Look this machine over and say what is wrong.",
 }.items():
     app.command(f"roofline.cli.{_name}:{_name}", name=_name, help=_help)
-_bench.command(
-    "roofline.cli.bench:latency", name="latency", help="Time batches of one size, start to end."
-)
+for _name, _help in {
+    "latency": "Time batches of one size, start to end.",
+    "throughput": "Time many prompts given at once, random or from a file.",
+}.items():
+    _bench.command(f"roofline.cli.bench:{_name}", name=_name, help=_help)
 app.command(_bench)
 
 

@@ -54,10 +54,11 @@ class Door:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
-        opened = open_model(model, config.load_format, config.seed)
-        shape = opened.checkpoint.config
+        opened = open_model(model, config)
+        shape = opened.config
         try:
-            with loading_bar("Loading", len(tensor_shapes(shape))) as progress:
+            note = opened.growth(config.weights)
+            with loading_bar("Loading", len(tensor_shapes(shape)), note) as progress:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
         finally:
             opened.checkpoint.close()
@@ -65,6 +66,7 @@ class Door:
         self.budget: RankBudget = workers.budget
         self.storage_bytes: Callable[[], dict[str, int]] = workers.storage_bytes
         self._tokenizer = opened.tokenizer
+        self._defaults = SamplingParams.from_options(opened.sampling_defaults)
         self._engine = Engine(Scheduler(_scheduler_config(config, workers.budget, shape)), workers)
         self._numbers = itertools.count()  # of requests, in the order they were asked for
 
@@ -80,8 +82,8 @@ class Door:
         return self._tokenizer
 
     def default_sampling_params(self) -> SamplingParams:
-        """What holds where no sampling parameters are given."""
-        return SamplingParams()
+        """What holds where no sampling parameters are given: the model's generation config."""
+        return self._defaults
 
     def stats(self) -> dict[str, int]:
         """Where requests and blocks are, and what has been counted."""
@@ -92,6 +94,7 @@ class Door:
     ) -> Generation:
         """A prompt as checked requests, which have not reached the engine."""
         text, ids = self._prompt_ids(prompt)
+        bad_words_ids = self._bad_words_ids(params)
         seed = child_seed(self.config.seed, number) if params.seed is None else params.seed
         requests = [
             Request(
@@ -99,8 +102,8 @@ class Door:
                 ids,
                 params,
                 seed=seed if params.n == 1 else child_seed(seed, child),
-                eos_token_ids=self._eos_token_ids(),
-                bad_words_ids=self._bad_words_ids(params),
+                eos_token_ids=self.model_config.eos_token_ids,
+                bad_words_ids=bad_words_ids,
                 priority=priority,
             )
             for child in range(params.n)
@@ -134,10 +137,6 @@ class Door:
         if not isinstance(prompt, Sequence):
             raise RequestError(f"a prompt is {shown(prompt)}; it must be text or token ids")
         return None, list(prompt)
-
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        own = self._tokenizer.eos_token_ids if self._tokenizer else ()
-        return tuple(dict.fromkeys((*self.model_config.eos_token_ids, *own)))
 
     def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as ids, at the start of a text and, where as long, after a space (vLLM)."""

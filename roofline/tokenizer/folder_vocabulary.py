@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import AddedToken
 
+from roofline.config import option_path
 from roofline.errors import CheckpointError, UnsupportedError
+from roofline.tokenizer.chat_template import ChatTemplate
 from roofline.tokenizer.sentencepiece_bpe import SPACE, sentencepiece_bytes
 from roofline.tokenizer.vocabulary import Vocabulary, byte_level_bytes, refusing_bad_vocabulary
 
@@ -47,6 +49,7 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
             f"text, not all of which are in the vocabulary of {size}"
         )
     named = {"bos_token": bos_token, "eos_token": eos_token}
+    template = folder / "chat_template.jinja"
     return Vocabulary(
         source=str(folder),
         bpe=bpe,
@@ -55,11 +58,24 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
         eos_token_ids=() if eos is None else (eos,),
         prefix=prefix,
         suffix=suffix,
-        chat_template=_chat_template(folder / "chat_template.jinja", config),
+        chat_template=_read(template) if template.exists() else _default_template(config),
         template_tokens={name: text for name, text in named.items() if text is not None},
         piece_bytes=piece_bytes,
         leads_with_space=leads_with_space,
     )
+
+
+def read_chat_template(option: str) -> ChatTemplate:
+    """A template from its own text, a file of that, or a JSON file's field `chat_template`."""
+    if "{{" in option or "{%" in option:
+        return ChatTemplate(option)
+    file = option_path("chat_template", option, "a file, or a template's text")
+    if file.suffix != ".json":
+        return ChatTemplate(_read(file), str(file))
+    source = _default_template(_Fields(file))
+    if source is None:
+        raise CheckpointError(f"{file}: has no chat_template")
+    return ChatTemplate(source, f"{file}: chat_template")
 
 
 class _Fields:
@@ -198,10 +214,8 @@ def _surroundings(bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int
     return tuple(whole[:start]), tuple(whole[start + len(text) :])
 
 
-def _chat_template(file: Path, config: _Fields) -> str | None:
-    """The template in a file of its own, or else the config's, of several the one named default."""
-    if file.exists():
-        return _read(file)
+def _default_template(config: _Fields) -> str | None:
+    """The field `chat_template`, of several templates the one named default."""
     value = config.get("chat_template", object)
     if not isinstance(value, list):
         return config.get("chat_template", str)

@@ -5,6 +5,7 @@ is in `gguf_vocabulary`, `folder_vocabulary` and `llama2c_vocabulary`; how messa
 forging special tokens is in `placeholders`.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,6 +65,12 @@ class Tokenizer:
     def from_llama2c(cls, path: str | os.PathLike[str]) -> Self:
         """Build from llama2.c's tokenizer.bin."""
         return cls(vocabulary_from_llama2c(path))
+
+    def with_chat_template(self, template: ChatTemplate) -> Self:
+        """The same tokenizer, whose chats another template writes."""
+        other = copy.copy(self)
+        other.chat_template = template
+        return other
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False

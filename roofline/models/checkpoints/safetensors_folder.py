@@ -157,7 +157,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if INDEX in names:
         return [folder / name for name in _shards(folder / INDEX)]
-    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    others = set(names) - {"tokenizer.bin"}  # llama2.c's
+    pickles = sorted(name for name in others if name.endswith(_PICKLES))
     if pickles:
         raise UnsupportedError(
             f"{folder}: {pickles[0]!r} is a pickle, which can run code and is never loaded; "
