@@ -81,8 +81,9 @@ class Terminal:
 
     def _read(self, until: float) -> bool:
         """Read what is shown next; False at the end of the program or of the time."""
-        ready, _, _ = select.select([self._screen], [], [], max(until - time.monotonic(), 0))
-        if not ready:
+        poll = select.poll()
+        poll.register(self._screen, select.POLLIN)
+        if not poll.poll(max(until - time.monotonic(), 0) * 1000):
             return False
         try:
             data = os.read(self._screen, 1 << 16)

@@ -93,31 +93,21 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(
     assert len(stopped["content"]) >= 10  # a newline is two characters on the screen
 
 
-def test_arrow_up_recalls_a_message_of_the_run_before(
+def test_arrow_up_recalls_a_message_of_the_run_before_even_of_a_terminal_that_only_prints(
     model: str, environment: Mapping[str, str], tmp_path: Path
 ) -> None:
-    for keys in ("/set top_k 55", UP):
-        with Terminal([*COMMAND, model], environment) as terminal:
+    for term, keys in (("dumb", "/set top_k 55"), ("xterm", UP + UP)):
+        with Terminal([*COMMAND, model], {**environment, "TERM": term}) as terminal:
             terminal.expect(PROMPT)
             say(terminal, keys, "top_k is 55")
-            assert terminal.leave(CTRL_D) == 0
+            assert terminal.leave("/exit\r") == 0
     assert (tmp_path / "cache" / "chat_history.jsonl").stat().st_mode & 0o777 == 0o600
-
-
-def test_a_terminal_that_can_only_print_is_enough(
-    model: str, environment: Mapping[str, str]
-) -> None:
-    with Terminal([*COMMAND, model], {**environment, "TERM": "dumb"}) as terminal:
-        terminal.expect(PROMPT)
-        say(terminal, "/set top_k 55", "top_k is 55")
-        assert terminal.leave("/exit\r") == 0
 
 
 def test_smollm2_answers_paris(smollm2_path: Path, environment: Mapping[str, str]) -> None:
     with Terminal([*COMMAND, str(smollm2_path), "--temperature=0"], environment) as terminal:
         terminal.expect(PROMPT)
         say(terminal, "What is the capital of France?", "Paris")
-        say(terminal, "/stats", "% of the roofline")
         assert terminal.leave(CTRL_D) == 0
 
 
