@@ -17,7 +17,7 @@ from roofline.cli.fit import fit
 from roofline.cli.quantize import quantize
 from roofline.cli.run import run
 from tests.gguf_writer import write_gguf
-from tests.llama2c_writer import LAYOUTS, random_llama, write_model
+from tests.llama2c_writer import LAYOUTS, interleave, random_llama, write_model
 from tests.sentencepiece_model import BOS, SIZE, trained, write_tokenizer_bin
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -58,6 +58,48 @@ def test_text_in_text_out_is_that_of_transformers_and_sentencepiece(
 def test_a_gguf_with_pieces_and_scores_answers_the_same(tmp_path: Path) -> None:
     peer = random_llama(vocab_size=SIZE)
     assert_answers_of(peer, write_gguf(peer, tmp_path / "model.gguf"))
+
+
+@torch.inference_mode()
+def test_a_split_gguf_answers_as_the_unsplit_one(tmp_path: Path) -> None:
+    peer = random_llama(vocab_size=SIZE)
+    write_gguf(peer, tmp_path / "model.gguf", split_max_tensors=8)
+    parts = sorted(tmp_path.glob("model-*-of-*.gguf"))
+    assert len(parts) == 3 and not (tmp_path / "model.gguf").exists()
+    for part in parts[:2]:
+        assert_answers_of(peer, part)
+
+
+@torch.inference_mode()
+def test_a_file_in_the_other_rotary_order_answers_right_when_told(tmp_path: Path) -> None:
+    """Hugging Face's rows through an exporter that leaves them as they are."""
+    path, peer = written(tmp_path, "kuiper")
+    moved = random_llama(vocab_size=SIZE)
+    for layer in moved.model.layers:
+        for projection, heads in ((layer.self_attn.q_proj, 4), (layer.self_attn.k_proj, 2)):
+            projection.weight.copy_(interleave(projection.weight, heads))
+    write_model(moved, path, "kuiper")
+    ids = trained().encode(PROMPTS[0])
+    answers: list[list[int]] = []
+    for order in ("interleaved", "auto"):
+        with LLM(str(path), rotary_order=order, **FLOATS) as llm:
+            answers.append(llm.generate([ids], GREEDY)[0].outputs[0].token_ids)
+    logits = peer(torch.tensor([ids + answers[0]])).logits[0]
+    assert answers[0] == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+    assert answers[1] != answers[0]
+
+
+def test_a_file_smaller_than_int8_says_so_once_on_a_terminal_as_it_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(random_llama(vocab_size=SIZE), tmp_path / "[model].gguf", matrices="Q4_0")
+    for terminal in (False, True):
+        monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+        LLM(str(path)).close()
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("[model].gguf: 0.1 MB of weights in the file (Q4_0) take") == terminal
+        assert terminal or err == ""
 
 
 def test_run_fit_and_quantize_take_the_file(

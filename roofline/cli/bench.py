@@ -27,7 +27,11 @@ Iterations = Annotated[int, Parameter(help="rounds timed")]
 WarmUps = Annotated[int, Parameter(help="rounds before them")]
 
 
-@options.accepts(options.engine_options({"max_num_seqs": "batch size"}))
+@options.accepts(
+    options.engine_options(
+        {"max_num_seqs": "batch size"}, without=("chat_template", "generation_config")
+    )
+)
 def latency(
     model: options.Model,
     /,

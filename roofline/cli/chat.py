@@ -28,9 +28,10 @@ _ENGINE = {"max_num_seqs": 1}  # a KV pool for one
 # Control characters as pictures of themselves: an answer may not steer the terminal.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 _PICTURES |= dict.fromkeys(range(0x7F, 0xA0), 0x2421)
+_MODELS_OWN = dict.fromkeys(options.settable())  # sampling defaults come from the model
 
 
-@options.accepts(options.sampling_options({}), options.engine_options(_ENGINE))
+@options.accepts(options.sampling_options(_MODELS_OWN), options.engine_options(_ENGINE))
 def chat(
     model: options.Model,
     /,
@@ -41,7 +42,8 @@ def chat(
 ) -> None:
     """Talk with a model; /help in the chat lists what else it can do.
 
-    Where stdin is no terminal, each of its lines is a message, and the first error ends the chat.
+    Sampling is as the model's generation_config says, unless options say otherwise. Where stdin is
+    no terminal, each of its lines is a message, and the first error ends the chat.
     """
     sampling = options.take_sampling(given)
     SamplingParams.from_options(sampling)
@@ -50,8 +52,10 @@ def chat(
         raise UsageError("there is no stdin to read messages from")
     with roofline.LLM.from_config(model, config) as llm:
         if llm.get_tokenizer().chat_template is None:
-            raise UsageError(f"{model} has no chat template; `roofline run --raw` continues a text")
+            raise UsageError(f"{model} has no chat template; --chat-template FILE gives it one")
         params = dataclasses.replace(llm.default_sampling_params(), **sampling)
+        for name in sampling:
+            chat_commands.refuse_without_effect(name, params)
         talk = _Talk(Conversation(llm, params, system), verbose)
         if sys.stdin.isatty():
             _say(
@@ -72,7 +76,7 @@ class _Talk:
 
     def at_terminal(self) -> None:
         """Take what is typed until the person leaves; an error or Ctrl-C never ends the chat."""
-        history = models.hub.cache_folder() / "chat_history.jsonl"
+        history = models.builtin.cache_folder() / "chat_history.jsonl"
         with line_editor.line_editor(history, chat_commands.completions()) as read:
             while True:
                 try:

@@ -18,6 +18,7 @@ from roofline.request import SamplingParams
 _QUOTES = '"""'
 _INITIAL = "default"  # the value of /set that goes back
 _NOTHING = "none"
+_NEUTRAL = SamplingParams()
 
 _HOW_TO_WRITE = """\
 Enter sends; Alt-Enter, or a \\ before Enter, begins a new line; so does Enter after \"""
@@ -64,10 +65,16 @@ def completions() -> list[str]:
     return [*(f"{name} " if c.takes else name for name, c in _COMMANDS.items()), *settings]
 
 
+def refuse_without_effect(name: str, sampling: SamplingParams) -> None:
+    """Refuse an option just given that changes nothing beside the others."""
+    cuts = name in options.TRUNCATION and getattr(sampling, name) != getattr(_NEUTRAL, name)
+    if cuts and sampling.temperature == 0:
+        raise UsageError(f"{name} does nothing at temperature 0; set temperature to 1 first")
+
+
 def effective(sampling: SamplingParams) -> str:
     """How the next answer is sampled, in short: the temperature, and what is not neutral."""
-    neutral = SamplingParams()
-    differing = [n for n in options.settable() if getattr(sampling, n) != getattr(neutral, n)]
+    differing = [n for n in options.settable() if getattr(sampling, n) != getattr(_NEUTRAL, n)]
     names = dict.fromkeys(["temperature", *differing])
     return ", ".join(f"{name} {_text(getattr(sampling, name))}" for name in names)
 
@@ -101,7 +108,9 @@ def _set(conversation: Conversation, rest: str) -> str:
         return f"{name} is {_text(getattr(sampling, name))}; /set {name} VALUE changes it"
     if text == _INITIAL:
         value = getattr(conversation.initial_sampling, name)
-    conversation.sampling = dataclasses.replace(sampling, **{name: value})
+    changed = dataclasses.replace(sampling, **{name: value})
+    refuse_without_effect(name, changed)
+    conversation.sampling = changed
     return f"{name} is {_text(getattr(conversation.sampling, name))}"
 
 

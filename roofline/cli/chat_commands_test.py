@@ -100,6 +100,16 @@ def test_set_changes_one_option(
     assert conversation.sampling == dataclasses.replace(START, **changed)
 
 
+def test_set_refuses_what_would_do_nothing(conversation: Conversation) -> None:
+    perform(conversation, "/set temperature 0")
+    with pytest.raises(UsageError, match="top_k does nothing at temperature 0; set temperature"):
+        perform(conversation, "/set top_k 5")
+    perform(conversation, "/set top_k 0")
+    perform(conversation, "/set temperature 1")
+    perform(conversation, "/set top_k 5")
+    assert conversation.sampling.top_k == 5
+
+
 def test_set_goes_back_to_the_beginning_or_to_nothing(conversation: Conversation) -> None:
     perform(conversation, "/set temperature 1.5")
     perform(conversation, "/set max_tokens 9")

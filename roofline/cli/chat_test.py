@@ -139,8 +139,10 @@ def test_what_cannot_chat_is_refused_at_the_start(
 ) -> None:
     with pytest.raises(RequestError, match="no system role"):
         pipe(monkeypatch, "one", system=NO_SYSTEM)
+    with pytest.raises(UsageError, match="top_k does nothing at temperature 0"):
+        pipe(monkeypatch, "one", temperature=0.0, top_k=5)
     fake.chat_template = None
-    with pytest.raises(UsageError, match="a model has no chat template; `roofline run --raw`"):
+    with pytest.raises(UsageError, match="a model has no chat template; --chat-template FILE"):
         pipe(monkeypatch, "one")
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UsageError, match="there is no stdin"):

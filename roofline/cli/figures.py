@@ -47,7 +47,7 @@ class Decoding:
 
 def bandwidth_gb_s(*, anew: bool = False) -> float:
     """Read bandwidth of this host at torch's number of threads, 1e9 bytes/s; measured once."""
-    return execution.bandwidth.read(models.hub.cache_folder() / "bandwidth.json", anew=anew)
+    return execution.bandwidth.read(models.builtin.cache_folder() / "bandwidth.json", anew=anew)
 
 
 def bytes_read(

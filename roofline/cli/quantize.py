@@ -13,6 +13,7 @@ from roofline.config import EngineConfig
 from roofline.models.checkpoints.tensors import tensor_shapes
 
 _OPTIONS = (  # that change what is written
+    "revision",
     "load_format",
     "tokenizer",
     "chat_template",

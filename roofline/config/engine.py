@@ -46,18 +46,22 @@ def _option(default: Any, text: str, low: float | None = None, high: float | Non
 class EngineConfig:
     """How to load and run a model: one schema for Python, command line and ROOFLINE_* options."""
 
+    revision: str | None = _option(
+        None, "branch, tag or commit of a Hugging Face repository; default: main"
+    )
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "'dummy' makes seeded random weights of the model's shape, for any config or preset"
     )
     tokenizer: str | None = _option(
-        None, "a folder, tokenizer.json, tokenizer.bin or .gguf to take it from; not the model's"
+        None, "a folder, tokenizer.json, tokenizer.bin or .gguf, in place of the model's own"
     )
     chat_template: str | None = _option(
         None,
-        "a Jinja file, a JSON file with a chat_template, or a template itself; not the model's",
+        "a Jinja file, a JSON file with one, or its own text, in place of the model's own",
     )
     generation_config: str = _option(
-        "auto", "EOS ids and sampling defaults: auto is the model's own, none, or a file or folder"
+        "auto",
+        "a file or folder of EOS ids and sampling defaults; auto is the model's own; or none",
     )
     rotary_order: Literal["auto", "interleaved", "half-split"] = _option(
         "auto", "of the rows of Q and K in a .bin file, which does not say"
@@ -200,7 +204,7 @@ def check_option(name: str, value: Any, source: str | None = None) -> None:
     if bool in kinds:
         wanted.append("true or false")
     if str in kinds:
-        wanted.append("a text that is not empty")
+        wanted.append("a text of at least one character")
     raise UsageError(f"{source or name} is {shown(value)}; it must be {' or '.join(wanted)}")
 
 

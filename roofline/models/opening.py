@@ -67,10 +67,12 @@ class OpenedModel:
 
 
 def open_model(reference: str, config: EngineConfig) -> OpenedModel:
-    """Open a built-in name, a .gguf or .bin file, a safetensors folder, or (dummy) a preset."""
+    """Open a path, a built-in name, a Hugging Face repository, or (dummy) a preset."""
     dummy = config.load_format == "dummy"
-    shape_only = dummy and reference in PRESETS
-    path = None if shape_only else resolve(reference, presets=PRESETS)
+    path = None
+    if not dummy or reference not in PRESETS or config.revision is not None:
+        fetch = "config" if dummy else "model"
+        path = resolve(reference, revision=config.revision, fetch=fetch)
     with contextlib.ExitStack() as unless_kept:
         source = _source(reference, path, config)
         unless_kept.callback(source.close)
@@ -91,11 +93,11 @@ def open_model(reference: str, config: EngineConfig) -> OpenedModel:
         return OpenedModel(checkpoint, tokenizer, generation)
 
 
-def describe(reference: str) -> tuple[ModelConfig, NativeGroups]:
+def describe(reference: str, revision: str | None = None) -> tuple[ModelConfig, NativeGroups]:
     """A model's shape and which of its tensors are INT8 on disk; no weights, no torch."""
-    if reference in PRESETS:
+    if reference in PRESETS and revision is None:
         return PRESETS[reference], {}
-    path = resolve(reference, presets=PRESETS)
+    path = resolve(reference, revision=revision, fetch="config")
     if path.is_dir():
         return _folder_config(path)
     with contextlib.closing(_checkpoint(path, EngineConfig())) as checkpoint:

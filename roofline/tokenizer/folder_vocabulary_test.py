@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
-from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
+from roofline.tokenizer.folder_vocabulary import read_chat_template, vocabulary_from_folder
 from roofline.tokenizer.tokenizer import Tokenizer
 from roofline.tokenizer.vocabulary_test import CHATML
 from tests.sentencepiece_model import write_tokenizer_json
@@ -259,3 +259,39 @@ def test_every_truncation_of_tokenizer_json_is_refused(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_bytes(whole[:end])
         with pytest.raises(RooflineError):
             vocabulary_from_folder(tmp_path)
+
+
+def test_a_template_is_its_own_text_or_in_a_file(tmp_path: Path) -> None:
+    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D{{ 1 }}"}]
+    files = {
+        "own.jinja": "D{{ 1 }}",
+        "own.txt": "D{{ 1 }}",
+        "chat_template.json": json.dumps({"chat_template": "D{{ 1 }}"}),
+        "tokenizer_config.json": json.dumps({"eos_token": "x", "chat_template": named}),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for option in ("D{{ 1 }}", "D{% if true %}1{% endif %}", *(str(tmp_path / n) for n in files)):
+        assert read_chat_template(option).render([]) == "D1"
+
+
+def test_a_template_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path) -> None:
+    broken, none, wrong = tmp_path / "a.jinja", tmp_path / "none.json", tmp_path / "wrong.json"
+    broken.write_text("one\n{% if %}")
+    none.write_text('{"chat_template": [{"name": "tools", "template": "T"}]}')
+    wrong.write_text('{"chat_template": 7}')
+    (tmp_path / "binary.jinja").write_bytes(b"\xff")
+    for option, problem in {
+        str(broken): f"{broken}: line 2: ",
+        "{% if %}": "chat template: line 1: ",
+        str(none): f"{none}: has no chat_template",
+        str(wrong): f"{wrong}: chat_template is int; it must be str",
+        str(tmp_path / "binary.jinja"): "binary.jinja: is not UTF-8",
+        str(tmp_path): f"{tmp_path}: is not a regular file",
+        "chatml": "chat_template 'chatml': no such file or folder; give a file, or a template's",
+        "x" * 999: "cannot be read: File name too long; give a file",
+    }.items():
+        with pytest.raises(RooflineError) as caught:
+            read_chat_template(option)
+        assert problem in caught.value.message
+        assert "\n" not in caught.value.message

@@ -31,6 +31,7 @@ class Tokenizer:
     """Encodes and decodes for one model. Safe to share between threads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.kind = vocabulary.kind
         self.vocab_size = vocabulary.size
         self.bos_token_id = vocabulary.bos_token_id
         self.eos_token_ids = vocabulary.eos_token_ids

@@ -48,6 +48,12 @@ class Vocabulary:
     piece_bytes: Callable[[str], bytes] = byte_level_bytes  # what a token that is text stands for
     leads_with_space: bool = False  # decoding takes off the space that encoding puts before a text
 
+    @property
+    def kind(self) -> str:
+        """What its pieces are made of, in words."""
+        byte_level = self.piece_bytes is byte_level_bytes
+        return "byte-level BPE" if byte_level else "SentencePiece BPE"
+
 
 @contextmanager
 def refusing_bad_vocabulary(source: str) -> Generator[None, None, None]:

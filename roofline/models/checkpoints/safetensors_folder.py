@@ -31,7 +31,7 @@ class SafetensorsCheckpoint:
         self.config, self.native_groups = read_config(folder)
         self._folder = folder
         self._files: dict[str, Any] = {}  # tensor name -> open file that holds it
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             self._add_file(path)
         self._check_tensors()
 
@@ -147,7 +147,7 @@ def _dequantize(values: Any, scales: Any, group: int) -> Any:
     return floats
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: the single one, or else those of the index."""
     try:
         names = [path.name for path in folder.iterdir()]
