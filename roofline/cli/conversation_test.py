@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import pytest
 
+from roofline import LLM
+from roofline.cli import figures
 from roofline.cli.conversation import Conversation, Turn
 from roofline.errors import RequestError
 from roofline.request import SamplingParams
 from tests.fake_llm import NO_SYSTEM, FakeLLM
+from tests.tiny_model import write_tiny_model
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -116,3 +121,28 @@ def test_the_transcript_says_how_each_answer_ended() -> None:
         {"role": "user", "content": "two three"},
         {"role": "assistant", "content": "two", "finish_reason": "abort"},
     ]
+
+
+def test_a_stopped_answer_gives_its_blocks_back_and_the_next_finds_its_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda: 20.0)
+    endless = SamplingParams(temperature=0, ignore_eos=True)
+    with LLM(str(write_tiny_model(tmp_path)), max_num_seqs=1) as llm:
+        conversation = Conversation(llm, endless)
+        assert conversation.report() is None
+        pieces = conversation.ask("Hello")
+        for _ in range(30):
+            next(pieces)
+        assert llm.stats()["num_used_blocks"] > 0
+        pieces.close()
+        stats = llm.stats()
+        assert (stats["num_running"], stats["num_waiting"], stats["num_used_blocks"]) == (0, 0, 0)
+        list(conversation.ask("And now?"))
+        report = conversation.report()
+    assert [turn.finish_reason for turn in conversation.turns] == ["abort", "length"]
+    assert report is not None
+    assert 16 <= report["cached_tokens"] < report["prompt_tokens"]
+    assert conversation.context_tokens() == llm.max_model_len
+    assert report["completion_tokens"] == llm.max_model_len - report["prompt_tokens"]
+    assert report["ttft_s"] > 0 and report["roofline_fraction"] > 0
