@@ -34,8 +34,8 @@ class Conversation:
         self.sampling = sampling
         self.initial_sampling = sampling
         self.turns: list[Turn] = []
-        self.output: roofline.RequestOutput | None = None  # of the last question
-        self._asked = 0.0  # when that was, seconds of time.monotonic
+        self.output: roofline.RequestOutput | None = None  # of the last question answered
+        self._asked = 0.0  # when it was asked, seconds of time.monotonic
         self._system: str | None = None
         self.system = system
 
@@ -57,7 +57,7 @@ class Conversation:
         question is forgotten too, as templates want an answer to each. So is one refused.
         """
         messages = _messages(self._system, self.turns, question)
-        self._asked = time.monotonic()
+        asked = time.monotonic()
         output: roofline.RequestOutput | None = None
         shown = 0
         try:
@@ -71,7 +71,7 @@ class Conversation:
             self._explain(messages, error)
         finally:
             if output is not None:
-                self._keep(question, output)
+                self._keep(question, output, asked)
 
     def clear(self) -> None:
         """Forget all turns; the system message and the sampling options stay."""
@@ -105,8 +105,8 @@ class Conversation:
             **figures.Decoding.of(self.llm, [output]).report(figures.bandwidth_gb_s()),
         }
 
-    def _keep(self, question: str, output: "roofline.RequestOutput") -> None:
-        self.output = output
+    def _keep(self, question: str, output: "roofline.RequestOutput", asked: float) -> None:
+        self.output, self._asked = output, asked
         answer = output.outputs[0]
         reason = answer.finish_reason or "abort"
         if answer.text or reason != "abort":

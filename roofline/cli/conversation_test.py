@@ -140,6 +140,9 @@ def test_a_stopped_answer_gives_its_blocks_back_and_the_next_finds_its_prefix(
         assert (stats["num_running"], stats["num_waiting"], stats["num_used_blocks"]) == (0, 0, 0)
         list(conversation.ask("And now?"))
         report = conversation.report()
+        with pytest.raises(RequestError, match="/clear"):
+            list(conversation.ask("x" * llm.max_model_len))
+        assert conversation.report() == report  # still that of the last answer
     assert [turn.finish_reason for turn in conversation.turns] == ["abort", "length"]
     assert report is not None
     assert 16 <= report["cached_tokens"] < report["prompt_tokens"]

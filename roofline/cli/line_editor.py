@@ -28,16 +28,16 @@ def line_editor(history: Path, completions: Sequence[str]) -> Iterator[Callable[
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import create_app_session
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.enums import DEFAULT_BUFFER
-    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.filters import is_searching
     from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
     from prompt_toolkit.shortcuts import CompleteStyle
 
     keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.newline(copy_margin=False))
 
-    @keys.add("enter", filter=has_focus(DEFAULT_BUFFER))
+    @keys.add("enter", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if chat_commands.is_unfinished(buffer.text):
@@ -46,11 +46,7 @@ def line_editor(history: Path, completions: Sequence[str]) -> Iterator[Callable[
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.newline(copy_margin=False)
-
-    @keys.add("c-c", filter=has_focus(DEFAULT_BUFFER))
+    @keys.add("c-c", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         if not event.current_buffer.text:
             event.app.exit(exception=KeyboardInterrupt)
@@ -70,8 +66,7 @@ def line_editor(history: Path, completions: Sequence[str]) -> Iterator[Callable[
 
         def read() -> str:
             text = session.prompt()
-            if text.strip():
-                store_history(history, text)
+            store_history(history, text)
             return text
 
         yield read
@@ -95,7 +90,9 @@ def load_history(path: Path) -> list[str]:
 
 
 def store_history(path: Path, text: str) -> None:
-    """Add a message; a folder that cannot be written keeps no history."""
+    """Add a message that is not blank; a folder that cannot be written keeps no history."""
+    if not text.strip():
+        return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT

@@ -10,7 +10,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from roofline.cli import line_editor
 from roofline.cli.line_editor import load_history, store_history
 
-UP, DOWN, ALT_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b[B", "\x1b\r", "\x03", "\x04"
+UP, DOWN, ALT_ENTER, CTRL_C, CTRL_D, CTRL_R = "\x1b[A", "\x1b[B", "\x1b\r", "\x03", "\x04", "\x12"
 WORDS = ["/set ", "/stats", "/set temperature "]
 Reader = Callable[[], str]
 
@@ -73,7 +73,19 @@ def test_arrow_up_brings_back_messages_of_now_and_of_earlier_runs(
         assert read() == "now!"
         keyboard.send_text(UP * 3 + "?\r")
         assert read() == "earlier\nlines?"
+        keyboard.send_text(" \r")
+        assert read() == " "
     assert load_history(history) == ["earlier\nlines", "now", "now!", "earlier\nlines?"]
+
+
+def test_the_history_is_searched(keyboard: PipeInput, history: Path) -> None:
+    for fruit in ("apple", "pear"):
+        store_history(history, fruit)
+    with line_editor.line_editor(history, WORDS) as read:
+        keyboard.send_text(f"{CTRL_R}appl\r\r")
+        assert read() == "apple"
+        keyboard.send_text(f"{CTRL_R}pea{CTRL_C}fig\r")
+        assert read() == "fig"
 
 
 def test_history_is_for_its_owner_only_even_if_it_was_not(history: Path) -> None:
