@@ -5,7 +5,6 @@ How the engine is driven is each door's own.
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypedDict
@@ -113,16 +112,19 @@ class Door:
 
     def _chat_ids(self, messages: Messages, options: ChatOptions) -> list[int]:
         """A conversation as the chat template writes it."""
-        _check_chat_options(options)
-        continues = options.get("continue_final_message", False)
-        return self.get_tokenizer().apply_chat_template(
-            messages,
-            add_generation_prompt=options.get("add_generation_prompt", not continues),
-            continue_final_message=continues,
-            tools=options.get("tools"),
-            documents=options.get("documents"),
-            **(options.get("chat_template_kwargs") or {}),
-        )
+        for name in options.keys() - ChatOptions.__annotations__.keys():
+            known = ", ".join(ChatOptions.__annotations__)
+            raise RequestError(f"unknown chat option {shown(name)}; known: {known}")
+        given: dict[str, Any] = {**options}
+        variables = given.pop("chat_template_kwargs", None) or {}
+        _check_template_kwargs(variables)
+        return self.get_tokenizer().apply_chat_template(messages, **given, **variables)
+
+    def _close(self) -> None:
+        """Free what both doors hold."""
+        self._engine.close()
+        if self._tokenizer is not None:
+            self._tokenizer.close()
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text of a prompt, if it came as text, and its token ids."""
@@ -153,27 +155,14 @@ class Door:
         return found
 
 
-def _check_chat_options(options: ChatOptions) -> None:
-    known = ChatOptions.__annotations__
-    for name in options.keys() - known.keys():
-        raise RequestError(f"unknown chat option {shown(name)}; known: {', '.join(known)}")
-    if options.get("add_generation_prompt") and options.get("continue_final_message"):
-        raise RequestError(
-            "add_generation_prompt and continue_final_message exclude each other: "
-            "a new answer begins, or the last message goes on"
-        )
-    variables = options.get("chat_template_kwargs") or {}
+def _check_template_kwargs(variables: object) -> None:
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         raise RequestError(
             f"chat_template_kwargs is {shown(variables)}; it must map names to JSON values"
         )
-    for name in ("messages", *known):
+    for name in ("messages", *ChatOptions.__annotations__):
         if name in variables:
             raise RequestError(f"chat_template_kwargs has {name}; give it as an option of its own")
-    try:
-        json.dumps(dict(variables), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"chat_template_kwargs holds more than JSON values: {error}") from error
 
 
 def _scheduler_config(

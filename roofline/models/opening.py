@@ -166,7 +166,7 @@ def _tokenizer(path: Path | None, source: Checkpoint, config: EngineConfig) -> T
         return tokenizer
     if tokenizer is None:
         raise UsageError("chat_template needs a tokenizer, and this model has none; add tokenizer")
-    return tokenizer.with_chat_template(read_chat_template(config.chat_template))
+    return tokenizer.with_chat_templates(*read_chat_template(config.chat_template))
 
 
 def _own_tokenizer(path: Path | None, source: Checkpoint, *, dummy: bool) -> Tokenizer | None:

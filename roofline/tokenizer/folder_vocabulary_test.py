@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,16 +138,38 @@ def test_a_folder_needs_no_more_than_tokenizer_json(tmp_path: Path) -> None:
     assert tokenizer.encode("h")[:1] == [BOS]
 
 
-def test_the_templates_own_file_wins_then_the_one_named_default(tmp_path: Path) -> None:
+def test_the_templates_own_files_win_then_those_of_the_config(tmp_path: Path) -> None:
+    def found() -> Mapping[str, str]:
+        return vocabulary_from_folder(tmp_path).chat_templates
+
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    folder(tmp_path, original())
+    assert found() == {}
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "P"}')
+    assert found() == {"default": "P"}
     folder(tmp_path, original(), chat_template=named)
-    assert vocabulary_from_folder(tmp_path).chat_template == "D"
-    folder(tmp_path, original(), chat_template=named[:1])
-    assert vocabulary_from_folder(tmp_path).chat_template is None
+    assert found() == {"tool_use": "T", "default": "D"}
     folder(tmp_path, original(), chat_template="S")
-    assert vocabulary_from_folder(tmp_path).chat_template == "S"
+    assert found() == {"default": "S"}
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    assert vocabulary_from_folder(tmp_path).chat_template == CHATML
+    assert found() == {"default": CHATML}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R")
+    assert found() == {"default": CHATML, "rag": "R"}
+
+
+def test_tokens_that_templates_name_are_those_of_the_config(tmp_path: Path) -> None:
+    names = {"pad_token": "<pad>", "unk_token": {"content": "<tool>"}, "mask_token": None}
+    vocabulary = vocabulary_from_folder(folder(tmp_path, original(), **names))
+    assert vocabulary.template_tokens["unk_token"] == "<tool>"
+    assert "pad_token" not in vocabulary.template_tokens  # which the vocabulary has not
+    assert "mask_token" not in vocabulary.template_tokens
+
+
+def test_the_context_is_that_of_the_models_config(tmp_path: Path) -> None:
+    assert vocabulary_from_folder(folder(tmp_path, original())).context_tokens is None
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    assert vocabulary_from_folder(tmp_path).context_tokens == 512
 
 
 @pytest.mark.parametrize(
@@ -243,7 +266,7 @@ def test_a_hostile_tokenizer_json_is_refused_by_file_and_field(
         ({"eos_token": 3}, "eos_token is int; it must be str"),
         ({"eos_token": {"content": 3}}, r"eos_token\.content is int"),
         ({"chat_template": 3}, "chat_template is int"),
-        ({"chat_template": [3]}, r"chat_template\[0\] is not an object with a template"),
+        ({"chat_template": [3]}, r"chat_template\[0\] is not an object with name"),
     ],
 )
 def test_a_bad_tokenizer_config_is_refused_by_field(
