@@ -295,15 +295,20 @@ def test_a_template_is_its_own_text_or_in_a_file(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     for option in ("D{{ 1 }}", "D{% if true %}1{% endif %}", *(str(tmp_path / n) for n in files)):
-        assert read_chat_template(option).render([]) == "D1"
+        templates, _ = read_chat_template(option)
+        assert templates["default"] == (
+            "D{% if true %}1{% endif %}" if "%" in option else "D{{ 1 }}"
+        )
+    assert read_chat_template(str(tmp_path / "tokenizer_config.json"))[0]["tools"] == "T"
 
 
 def test_a_template_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path) -> None:
     broken, none, wrong = tmp_path / "a.jinja", tmp_path / "none.json", tmp_path / "wrong.json"
     broken.write_text("one\n{% if %}")
-    none.write_text('{"chat_template": [{"name": "tools", "template": "T"}]}')
+    none.write_text('{"chat_template": []}')
     wrong.write_text('{"chat_template": 7}')
     (tmp_path / "binary.jinja").write_bytes(b"\xff")
+    tokenizer = Tokenizer.from_folder(folder(tmp_path, original()))
     for option, problem in {
         str(broken): f"{broken}: line 2: ",
         "{% if %}": "chat template: line 1: ",
@@ -315,6 +320,6 @@ def test_a_template_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path)
         "x" * 999: "cannot be read: File name too long; give a file",
     }.items():
         with pytest.raises(RooflineError) as caught:
-            read_chat_template(option)
+            tokenizer.with_chat_templates(*read_chat_template(option))
         assert problem in caught.value.message
         assert "\n" not in caught.value.message
