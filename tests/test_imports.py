@@ -14,6 +14,7 @@ TORCH_FREE = (
     "roofline",
     "roofline.budget",
     "roofline.cli",
+    "roofline.cli.chat",
     "roofline.config",
     "roofline.engine",
     "roofline.errors",
@@ -26,6 +27,11 @@ TORCH_FREE = (
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_import_brings_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_line_editor_costs_nothing_before_a_person_types() -> None:
+    code = "import sys, roofline.cli.chat; sys.exit('prompt_toolkit' in sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
