@@ -19,6 +19,9 @@ def ls(*, json: options.Json = False) -> None:
         listed = [row | {"path": str(model.path)} for row, model in zip(listed, found, strict=True)]
         output.print_json({"models": listed})
         return
+    if not found:
+        print("nothing has been fetched; `roofline pull MODEL` does")
+        return
     table = Table(
         "model", "format", "size", "modified", "revision", box=SIMPLE_HEAD, pad_edge=False
     )

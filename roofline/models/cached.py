@@ -46,7 +46,7 @@ class Removal:
 
 def cached_models() -> list[CachedModel]:
     """Everything runnable in both caches, by name."""
-    builtin = (found for model in BUILTIN_MODELS.values() if (found := _builtin(model)))
+    builtin = [found for model in BUILTIN_MODELS.values() if (found := _builtin(model))]
     repos = (repo for repo in _scan().repos if repo.repo_type == "model")
     found = (model for repo in repos for each in repo.revisions for model in _models(repo, each))
     return sorted([*builtin, *found], key=lambda model: (model.reference, model.revision or ""))
