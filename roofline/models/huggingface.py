@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import are_progress_bars_disabled, tqdm
+from huggingface_hub.utils import tqdm
 
 from roofline.errors import CapacityError, DownloadError, RooflineError
 from roofline.models.checkpoints.hf_config import read_config
@@ -43,7 +43,9 @@ def locate(reference: RepoReference, revision: str | None, fetch: Fetch) -> Path
     if found is not None:
         return found
     if fetch == "nothing":
-        raise DownloadError(f"{_tried(reference, revision)}; `roofline pull` fetches it")
+        raise DownloadError(
+            f"{_tried(reference, revision)}; `roofline pull {reference}` fetches it"
+        )
     return download(reference, revision, weights=fetch == "model")
 
 
@@ -157,14 +159,14 @@ def _bar(reference: RepoReference, missing_bytes: int) -> Generator[type[tqdm], 
     free = shutil.disk_usage(nearest).free
     if free < missing_bytes:
         raise CapacityError(
-            f"fetching {reference} needs {missing_bytes / 1e6:,.0f} MB of disk in {folder}, but "
-            f"{free / 1e6:,.0f} MB are free; make room or set HF_HUB_CACHE to a folder elsewhere"
+            f"fetching {reference} needs {missing_bytes / 1e6:,.1f} MB of disk in {folder}, but "
+            f"{free / 1e6:,.1f} MB are free; make room or set HF_HUB_CACHE to a folder elsewhere"
         )
     if not missing_bytes:
         yield _silent_bar(lambda count: None)
         return
     line = f"Fetching {reference} ({missing_bytes / 1e6:,.1f} MB) from {constants.ENDPOINT}"
-    with fetch_bar(line, bars=not are_progress_bars_disabled()) as bar:
+    with fetch_bar(line, bars=not constants.HF_HUB_DISABLE_PROGRESS_BARS) as bar:
         task = bar.add_task(f"Downloading {reference}", total=missing_bytes)
         yield _silent_bar(lambda count: bar.advance(task, count))
 
@@ -208,9 +210,12 @@ def _explained(reference: RepoReference, revision: str | None) -> Generator[None
         hint = "check HF_TOKEN" if status in (401, 403) else "try again later"
         raise DownloadError(f"cannot fetch {reference}: {hub} answered {status}; {hint}") from error
     except (httpx2.TransportError, EntryNotFoundError, OfflineModeIsEnabled) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        if isinstance(error.__cause__ or error, OfflineModeIsEnabled):
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        if isinstance(cause, OfflineModeIsEnabled):
             reason = "HF_HUB_OFFLINE is set"
+        elif isinstance(cause, HfHubHTTPError):
+            reason = f"it answered {cause.response.status_code}"
         raise _UnreachableError(
             _tried(reference, revision), f"{hub} cannot be asked: {reason:.200}"
         ) from error

@@ -159,7 +159,7 @@ def test_the_templates_own_file_wins_then_the_one_named_default(tmp_path: Path) 
         (b"null", "is null; it must be a JSON object"),
         (b"[" * 100_000, "is not valid JSON"),
         (b'{"a": ' + b"1" * 5_000 + b"}", "is not valid JSON"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is not valid JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ],
     ids=range(8),
 )
