@@ -18,7 +18,10 @@ TORCH_FREE = (
     "roofline.config",
     "roofline.engine",
     "roofline.errors",
+    "roofline.models.cached",
+    "roofline.models.facts",
     "roofline.models.hub",
+    "roofline.models.huggingface",
     "roofline.request",
     "roofline.scheduling.scheduler",
 )
@@ -32,6 +35,11 @@ def test_import_brings_no_torch(module: str) -> None:
 
 def test_the_line_editor_costs_nothing_before_a_person_types() -> None:
     code = "import sys, roofline.cli.chat; sys.exit('prompt_toolkit' in sys.modules)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_model_that_is_a_path_costs_no_hub() -> None:
+    code = "import sys, roofline.models.opening; sys.exit('huggingface_hub' in sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

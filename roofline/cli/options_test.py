@@ -23,6 +23,7 @@ NOT_OFFERED = {
 }
 
 VALUES = {  # option: text, value
+    "revision": ("v1.0", "v1.0"),
     "load_format": ("dummy", "dummy"),
     "tokenizer": ("a folder/1", "a folder/1"),
     "chat_template": ("{{ 1 }}", "{{ 1 }}"),
@@ -38,6 +39,7 @@ VALUES = {  # option: text, value
 }
 
 REFUSED = {
+    "revision": "",
     "load_format": "pickle",
     "tokenizer": "",
     "generation_config": "",
