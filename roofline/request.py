@@ -327,4 +327,4 @@ def _biases(value: object) -> dict[int, float] | None:
 
 
 def _refused(name: str, value: object, wanted: str) -> RequestError:
-    return RequestError(f"{name} is {shown(value)}; it must be {wanted}")
+    return RequestError(f"{name} is {shown(value)}; it must be {wanted}", param=name)
