@@ -6,7 +6,8 @@
     │   └── RequestError          exit 2   a prompt or parameter out of bounds (a ValueError too)
     ├── CheckpointError           exit 1   a model file that is missing parts, truncated or lying
     ├── DownloadError             exit 1   a model that could not be fetched
-    └── CapacityError             exit 1   it does not fit: memory or disk, with what would
+    ├── CapacityError             exit 1   it does not fit: memory or disk, with what would
+    └── EngineError               exit 1   a step failed or the engine was closed: an answer is lost
 
 A message is one line and the whole answer: what, where, and the nearest thing that works.
 """
@@ -56,6 +57,10 @@ class DownloadError(RooflineError):
 
 class CapacityError(RooflineError):
     """Something does not fit in memory or on disk; says how much would."""
+
+
+class EngineError(RooflineError):
+    """An answer was lost through no fault of its request; says why. Asking again may help."""
 
 
 def shown(value: object) -> str:

@@ -66,7 +66,7 @@ def test_streamed_text_grows_to_the_generated_one(llm: LLM) -> None:
     expected = llm.generate("abc", sampled())[0].outputs[0]
     texts: list[str] = []
     lengths: list[int] = []
-    for output in llm.stream("abc", sampled()):
+    for output in llm.generate("abc", sampled(), stream=True):
         texts.append(output.outputs[0].text)
         lengths.append(len(output.outputs[0].token_ids))
     assert texts[-1] == expected.text and lengths == list(range(1, 13))
@@ -85,7 +85,9 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(llm: LLM) -> None
 
 def test_streaming_never_shows_the_start_of_a_stop_string(llm: LLM) -> None:
     stop = _ascii_answer(llm)[4:7]
-    shown = [output.outputs[0].text for output in llm.stream("abc", _ascii(stop=stop))]
+    shown = [
+        output.outputs[0].text for output in llm.generate("abc", _ascii(stop=stop), stream=True)
+    ]
     assert shown[-1] == _ascii_answer(llm)[: _ascii_answer(llm).index(stop)]
     assert all(shown[-1].startswith(text) for text in shown)
 
@@ -158,7 +160,7 @@ def test_bad_words_never_appear(llm: LLM) -> None:
 
 
 def test_an_abandoned_stream_leaves_no_block_behind(llm: LLM) -> None:
-    stream = llm.stream("abc", sampled())
+    stream = llm.generate("abc", sampled(), stream=True)
     next(stream)
     assert llm.stats()["num_used_blocks"] > 0
     del stream
@@ -168,7 +170,7 @@ def test_an_abandoned_stream_leaves_no_block_behind(llm: LLM) -> None:
 def test_two_streams_taken_in_turn_do_not_mix(llm: LLM) -> None:
     prompts = ("abc", "xyz!")
     expected = [llm.generate(p, sampled())[0].outputs[0].text for p in prompts]
-    streams = [llm.stream(p, sampled()) for p in prompts]
+    streams = [llm.generate(p, sampled(), stream=True) for p in prompts]
     last = ["", ""]
     for outputs in itertools.zip_longest(*streams):  # either's step may serve both
         for i, output in enumerate(outputs):
@@ -253,7 +255,7 @@ def test_an_interrupted_step_ends_what_ran_and_harms_nothing_after(
     with LLM(str(folder), dtype="float32") as llm:
         expected = llm.generate(prompt, GREEDY)[0].outputs
     with LLM(str(folder), dtype="float32") as llm:
-        waiting = llm.stream(prompt, GREEDY)
+        waiting = llm.generate(prompt, GREEDY, stream=True)
         next(waiting)
         with monkeypatch.context() as patch:
             patch.setattr(ModelRunner, "run", _interrupt)

@@ -95,7 +95,7 @@ def _answer(
 ) -> "roofline.RequestOutput":
     """Generate, showing text as it comes; a step without new text shows nothing."""
     shown = 0
-    for answer in llm.stream(ids, sampling):
+    for answer in llm.generate(ids, sampling, stream=True):
         if show:
             text = answer.outputs[0].text
             print(text[shown:], end="", flush=True)

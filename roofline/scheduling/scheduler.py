@@ -11,41 +11,11 @@ from bisect import bisect_left, insort
 from collections import deque
 from operator import attrgetter
 
-from roofline.errors import CapacityError, RequestError, UsageError
-from roofline.request import Request, TokenOutput, check_token_ids
+from roofline.errors import RequestError
+from roofline.request import Request, TokenOutput
 from roofline.scheduling.blocks import BlockPool
+from roofline.scheduling.limits import SchedulerConfig
 from roofline.scheduling.plan import ON_DEVICE, RowStart, StepPlan, StepResult
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """The sizes the scheduler plans within."""
-
-    num_blocks: int
-    block_tokens: int
-    max_num_seqs: int  # rows: requests in one step
-    max_num_batched_tokens: int  # tokens in one step
-    max_model_len: int  # tokens of a request, prompt and output
-    vocab_size: int
-    enable_prefix_caching: bool = True
-    prefill_chunk_tokens: int | None = None  # of one request in one step; None = all of the step's
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool or (value is None and field.default is None):
-                continue
-            if type(value) is not int or value < 1:
-                raise UsageError(f"{field.name} is {value!r}; it must be an integer of at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise UsageError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least "
-                f"max_num_seqs, {self.max_num_seqs}, or some requests would never decode"
-            )
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.block_tokens)
 
 
 @dataclasses.dataclass(slots=True)
@@ -121,28 +91,11 @@ class Scheduler:
         return bool(self._requests)
 
     def add(self, request: Request) -> None:
-        """Queue a request; one that could never finish is refused here."""
-        config, sampling = self.config, request.sampling
+        """Queue a request that could finish; others are refused."""
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is already in use")
-        if request.num_prompt >= config.max_model_len:
-            raise RequestError(
-                f"the prompt has {request.num_prompt} tokens and must leave room for one more; "
-                f"max_model_len is {config.max_model_len}"
-            )
-        check_token_ids("prompt", request.tokens, config.vocab_size)
-        for word in request.bad_words_ids:
-            check_token_ids("bad_words entry", word, config.vocab_size)
-        sampling.check(config.vocab_size)
-        wanted = config.max_model_len if sampling.max_tokens is None else sampling.max_tokens
-        request.max_total_tokens = min(request.num_prompt + wanted, config.max_model_len)
-        # The last token is sampled but never computed.
-        needed = config.blocks_for(request.max_total_tokens - 1)
-        if needed > config.num_blocks:
-            raise CapacityError(
-                f"the request may grow to {needed} KV blocks of {config.block_tokens} tokens, and "
-                f"the pool has {config.num_blocks}; shorten the prompt or lower max_tokens"
-            )
+        self.config.check_request(request)
+        request.max_total_tokens = self.config.max_total_tokens(request)
         request.arrival = self._stats.num_requests
         request.order = (request.priority, request.arrival)
         self._stats.num_requests += 1

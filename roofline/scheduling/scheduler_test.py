@@ -10,10 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from roofline.errors import CapacityError, RequestError, UsageError
+from roofline.errors import CapacityError, RequestError
 from roofline.request import Request, SamplingParams, TokenLogprobs, TokenOutput, child_seed
+from roofline.scheduling.limits import SchedulerConfig
 from roofline.scheduling.plan import ON_DEVICE, RowStart, StepPlan, StepResult
-from roofline.scheduling.scheduler import Scheduler, SchedulerConfig
+from roofline.scheduling.scheduler import Scheduler
 
 VOCAB = 64
 EOS = 3
@@ -605,24 +606,6 @@ def test_a_request_that_could_outgrow_the_pool_is_refused_with_both_numbers() ->
     run.finish()
 
 
-def test_prompts_without_tokens_or_with_strange_ones_are_refused() -> None:
-    run = Run(config_of())
-    assert "prompt is empty" in refuse(run, RequestError, [])
-    for bad in (-1, VOCAB, True, 1.0, "1", None):
-        assert "prompt[1]" in refuse(run, RequestError, [1, bad])
-
-
-def test_sampling_ids_outside_the_vocabulary_are_refused() -> None:
-    run = Run(config_of())
-    refuse(run, RequestError, [1], stop_token_ids=[VOCAB])
-    refuse(run, RequestError, [1], allowed_token_ids=[VOCAB])
-    refuse(run, RequestError, [1], logit_bias={VOCAB: 1.0})
-    for word in ((VOCAB,), (-1,), ()):
-        request = Request("a", [1], SamplingParams(), seed=0, bad_words_ids=[word])
-        with pytest.raises(RequestError, match="bad_words entry"):
-            run.scheduler.add(request)
-
-
 def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
     run = Run(config_of())
     name = run.add([1])
@@ -630,22 +613,6 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
         run.scheduler.add(Request(name, [1], SamplingParams(), seed=1))
     run.finish()
     run.scheduler.add(Request(name, [1], SamplingParams(), seed=1))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "field"),
-    [
-        ({"num_blocks": 0}, "num_blocks"),
-        ({"block_tokens": True}, "block_tokens"),
-        ({"vocab_size": 1.0}, "vocab_size"),
-        ({"max_num_seqs": None}, "max_num_seqs"),
-        ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens"),
-        ({"max_num_batched_tokens": 5, "max_num_seqs": 6}, "max_num_batched_tokens"),
-    ],
-)
-def test_sizes_that_cannot_work_are_refused_by_field(sizes: dict[str, Any], field: str) -> None:
-    with pytest.raises(UsageError, match=f"^{field} is "):
-        config_of(**sizes)
 
 
 def test_a_result_of_another_step_is_our_own_mistake() -> None:
