@@ -58,6 +58,7 @@ _bench = App(name="bench", help="Measure speed.")
 
 for _name, _help in {
     "run": "Answer a prompt, and say on stderr how close that came to the roofline.",
+    "serve": "Serve a model over HTTP, as OpenAI's API.",
     "ppl": "Measure perplexity on a text file.",
     "fit": "Say what a model takes on every rank, what fits and how fast it could be.",
     "quantize": "Write a model as group-wise INT8 safetensors.",
