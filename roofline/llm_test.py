@@ -73,6 +73,75 @@ def test_streamed_text_grows_to_the_generated_one(llm: LLM) -> None:
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
 
+@pytest.mark.parametrize("options", [{"prompts": ["a", "b"]}, {"prompts": []}, {"use_tqdm": True}])
+def test_a_stream_is_of_one_prompt_and_without_a_bar(llm: LLM, options: dict[str, Any]) -> None:
+    whole: dict[str, Any] = {"prompts": "a", "stream": True} | options
+    with pytest.raises(RequestError, match="stream=True takes one prompt and no progress bar"):
+        llm.generate(**whole)
+
+
+def test_a_bar_shows_prompts_and_rates_where_asked_for(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm.generate(["a", "b"], GREEDY)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(["a", "b"], sampled(n=2), use_tqdm=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "2/2" in shown.err and "output:" in shown.err
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+WEATHER = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": "No."}]
+
+
+def test_a_chat_is_its_template_s_prompt(llm: LLM) -> None:
+    ids = llm.get_tokenizer().apply_chat_template(HELLO)
+    (answer,) = llm.chat(HELLO, GREEDY)
+    assert answer.prompt_token_ids == ids
+    assert answer.outputs == llm.generate([ids], GREEDY)[0].outputs
+    *_, streamed = llm.chat(HELLO, GREEDY, stream=True)
+    assert streamed.outputs == answer.outputs
+
+
+def test_conversations_are_answered_in_their_order(llm: LLM) -> None:
+    answers = llm.chat([HELLO, WEATHER], [GREEDY, sampled()], use_tqdm=True)
+    assert answers[0].outputs == llm.chat(HELLO, GREEDY)[0].outputs
+    assert answers[1].outputs == llm.chat(WEATHER, sampled())[0].outputs
+    with pytest.raises(RequestError, match="stream=True takes one prompt"):
+        llm.chat([HELLO, WEATHER], GREEDY, stream=True)
+
+
+def test_without_a_generation_prompt_the_conversation_ends_where_it_ends(llm: LLM) -> None:
+    ids = llm.get_tokenizer().apply_chat_template(HELLO, add_generation_prompt=False)
+    answer = llm.chat(HELLO, GREEDY, add_generation_prompt=False)[0]
+    assert answer.prompt_token_ids == ids != llm.chat(HELLO, GREEDY)[0].prompt_token_ids
+
+
+CHAT_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "no message": ({"messages": []}, "messages must be a list"),
+    "text for messages": ({"messages": "hello"}, "messages must be a list"),
+    "a message without a role": ({"messages": [{"content": "x"}]}, "role"),
+    "a conversation that is none": ({"messages": [HELLO, 5]}, "messages"),
+    "an unknown option": ({"chat_template_args": {}}, "known: add_generation_prompt"),
+    "a new and a continued answer": (
+        {"add_generation_prompt": True, "continue_final_message": True},
+        "exclude each other",
+    ),
+    "variables that are no mapping": ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x'"),
+    "a variable that has an option": ({"chat_template_kwargs": {"tools": []}}, "has tools"),
+    "a variable that is no JSON": ({"chat_template_kwargs": {"a": {1}}}, "more than JSON"),
+    "a variable that is no number": ({"chat_template_kwargs": {"a": math.nan}}, "more than JSON"),
+}
+
+
+@pytest.mark.parametrize(("asked", "named"), CHAT_REFUSALS.values(), ids=CHAT_REFUSALS.keys())
+def test_a_bad_chat_is_refused_by_name(llm: LLM, asked: dict[str, Any], named: str) -> None:
+    whole: dict[str, Any] = {"messages": HELLO, "sampling_params": GREEDY} | asked
+    with pytest.raises(RequestError) as refusal:
+        llm.chat(**whole)
+    assert named in refusal.value.message and "\n" not in refusal.value.message
+
+
 def test_a_stop_string_across_tokens_ends_the_answer_before_it(llm: LLM) -> None:
     whole = _ascii_answer(llm)
     stop = whole[4:7]  # the vocabulary is bytes: three tokens
