@@ -53,7 +53,7 @@ def serve(
     with contextlib.closing(server.listening.bind(host, port)) as sock:
         started = time.monotonic()
         with contextlib.closing(roofline.AsyncLLM.from_config(model, config)) as llm:
-            app = server.app.create_app(llm, name)
+            app = server.app.create_app(llm, name, roofline.__version__)
             url, seconds = server.listening.listen(sock), time.monotonic() - started
             print(
                 f"roofline: ready in {seconds:.1f} s: {url}/v1 serves {name}, "

@@ -259,6 +259,8 @@ class CompletionAnswers(Answers):
             if self._echo is None:
                 yield told
                 continue
+            if not told.token_ids:  # the prompt's log-probabilities come with the first
+                continue
             own = told.after(len(told.text), len(told.token_ids)) if self._echo_alone else told
             logprobs = None
             if own.logprobs is not None:

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-import roofline
+from roofline.async_llm import AsyncLLM
 from roofline.doors.outputs import RequestOutput
 from roofline.errors import RequestError, RooflineError, shown
 from roofline.request import SamplingParams, check_token_ids
@@ -30,10 +30,10 @@ _MAX_SCORES = 1 << 20  # log-probabilities of prompts, each with those beside it
 _log = logging.getLogger(__name__)
 
 
-def create_app(llm: "roofline.AsyncLLM", model: str) -> FastAPI:
-    """The application that serves a loaded model under a name."""
+def create_app(llm: AsyncLLM, model: str, version: str) -> FastAPI:
+    """The application of this version that serves a loaded model under a name."""
     app = FastAPI(title="Roofline", openapi_url=None, redirect_slashes=False)
-    routes = _Routes(llm, model)
+    routes = _Routes(llm, model, version)
     for method, path, endpoint in (
         ("POST", "/v1/chat/completions", routes.chat_completions),
         ("POST", "/v1/completions", routes.completions),
@@ -53,8 +53,8 @@ def create_app(llm: "roofline.AsyncLLM", model: str) -> FastAPI:
 class _Routes:
     """The endpoints, over one model."""
 
-    def __init__(self, llm: "roofline.AsyncLLM", model: str) -> None:
-        self._llm, self._model = llm, model
+    def __init__(self, llm: AsyncLLM, model: str, version: str) -> None:
+        self._llm, self._model, self._version = llm, model, version
         self._tokenizer = llm.get_tokenizer()
         self._created = int(time.time())
 
@@ -111,7 +111,7 @@ class _Routes:
 
     async def version(self) -> Response:
         """Roofline's version."""
-        return _json({"version": roofline.__version__})
+        return _json({"version": self._version})
 
     async def _answer(
         self,

@@ -284,7 +284,8 @@ def _message(index: int, message: Message) -> dict[str, str]:
     if message.role not in _ROLES:
         raise _refused(f"{where}.role", message.role, ", ".join(_ROLES))
     if message.tool_calls:
-        raise RequestError("tool calls are not supported by this version", param="tool_calls")
+        name = f"{where}.tool_calls"
+        raise RequestError(f"{name} is not supported by this version", param=name)
     given = {"role": _ROLES[message.role], "content": _content(where, message.content)}
     if message.name is not None:
         if not _NAME.fullmatch(message.name):
@@ -301,7 +302,8 @@ def _content(where: str, content: str | list[Part]) -> str:
         if part.type != "text":
             raise _refused(f"{where}.content[{index}].type", part.type, "text")
         if part.text is None:
-            raise RequestError(f"{where}.content[{index}].text is missing", param=where)
+            name = f"{where}.content[{index}].text"
+            raise RequestError(f"{name} is missing", param=name)
     return "\n".join(part.text or "" for part in content)
 
 
