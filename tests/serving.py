@@ -25,9 +25,7 @@ def serving(llm: AsyncLLM, name: str = "tiny") -> Iterator[str]:
         await http.serve([sock])
 
     with contextlib.closing(listening.bind("127.0.0.1", 0)) as sock:
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15
-        )  # who does not read is noticed
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)  # soon full
         url = listening.listen(sock)
         thread = threading.Thread(target=lambda: asyncio.run(main()))
         thread.start()

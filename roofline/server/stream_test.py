@@ -68,11 +68,8 @@ def test_a_step_without_text_sends_nothing(tokenizer: Tokenizer) -> None:
 
 
 def test_an_error_before_the_first_event_is_raised(tokenizer: Tokenizer) -> None:
-    for script in ([RequestError("no")], []):
-        answers = ChatAnswers("m", tokenizer, None, 0)
-        if script:
-            with pytest.raises(RequestError):
-                sent(answers, *script)
+    with pytest.raises(RequestError):
+        sent(ChatAnswers("m", tokenizer, None, 0), RequestError("no"))
 
 
 def test_an_error_later_is_told_in_the_stream(tokenizer: Tokenizer) -> None:
