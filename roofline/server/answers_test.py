@@ -156,7 +156,7 @@ def test_pieces_of_a_continuation_join_to_the_whole(
 ) -> None:
     text, grown = "Grüße", output([1, 2], "")
     own = grown.outputs[0]
-    own.logprobs, grown.prompt_logprobs = [], [None, *scored(2)]
+    own.logprobs, grown.prompt_logprobs = scored(), [None, *scored(2)]
     answers = CompletionAnswers("m", tokenizer, None, echo=["ab"])
     chunks = [*answers.chunks(0, grown)]
     for token in ids(text):

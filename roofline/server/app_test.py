@@ -41,7 +41,7 @@ def test_these_are_all_the_routes(llm: AsyncLLM) -> None:
     app = create_app(llm, "tiny", VERSION)
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     assert len(routes) == len(app.routes)
-    assert [(*route.methods, route.path) for route in routes] == [
+    assert [(*(route.methods or ()), route.path) for route in routes] == [
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
         ("GET", "/v1/models"),

@@ -11,7 +11,7 @@ from roofline.server import body
 from roofline.server.body import MAX_BODY_BYTES, parse_json, read_json
 
 
-def request(chunks: Iterable[bytes], wait_s: float = 0, **headers: str) -> Request:
+def request(chunks: Iterable[bytes], *, wait_s: float = 0, **headers: str) -> Request:
     """A request whose body comes in chunks."""
     left = iter([*chunks])
 
@@ -89,7 +89,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatc
 )
 def test_only_json_as_it_is(headers: dict[str, str]) -> None:
     with pytest.raises(HTTPException) as refused:
-        asyncio.run(read_json(request([b"{}"], **headers)))
+        asyncio.run(read_json(request([b"{}"], wait_s=0, **headers)))
     assert refused.value.status_code == 415
 
 

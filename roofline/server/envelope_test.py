@@ -31,7 +31,7 @@ def test_every_error_is_one_envelope(
     response = envelope.of(error)
     assert response.status_code == status
     assert response.media_type == "application/json"
-    (content,) = json.loads(response.body).values()
+    (content,) = json.loads(bytes(response.body)).values()
     assert list(content) == ["message", "type", "param", "code"]
     kind = "server_error" if status == 500 else "invalid_request_error"
     assert (content["type"], content["param"], content["code"]) == (kind, param, code)
