@@ -60,6 +60,7 @@ class AsyncLLM(Door):
         if not self._closed:
             self._closed = True
             self._thread.close()
+            self._close()
             self._in_loop(self._fail, EngineError("the model was closed"))
 
     async def __aenter__(self) -> Self:

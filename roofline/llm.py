@@ -112,7 +112,7 @@ class LLM(Door):
 
     def close(self) -> None:
         """Free the model's memory."""
-        self._engine.close()
+        self._close()
 
     def __enter__(self) -> Self:
         return self

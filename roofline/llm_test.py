@@ -117,20 +117,26 @@ def test_without_a_generation_prompt_the_conversation_ends_where_it_ends(llm: LL
     assert answer.prompt_token_ids == ids != llm.chat(HELLO, GREEDY)[0].prompt_token_ids
 
 
+def test_a_final_message_can_be_gone_on_with(llm: LLM) -> None:
+    opened = llm.chat(WEATHER, GREEDY, continue_final_message=True)[0]
+    text = llm.get_tokenizer().decode(opened.prompt_token_ids, skip_special_tokens=False)
+    assert text.endswith("<|im_start|>assistant\nNo.")
+
+
 CHAT_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "no message": ({"messages": []}, "messages must be a list"),
+    "no message": ({"messages": []}, "messages"),
     "text for messages": ({"messages": "hello"}, "messages must be a list"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "role"),
     "a conversation that is none": ({"messages": [HELLO, 5]}, "messages"),
     "an unknown option": ({"chat_template_args": {}}, "known: add_generation_prompt"),
     "a new and a continued answer": (
         {"add_generation_prompt": True, "continue_final_message": True},
-        "exclude each other",
+        "only one of them",
     ),
     "variables that are no mapping": ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x'"),
     "a variable that has an option": ({"chat_template_kwargs": {"tools": []}}, "has tools"),
-    "a variable that is no JSON": ({"chat_template_kwargs": {"a": {1}}}, "more than JSON"),
-    "a variable that is no number": ({"chat_template_kwargs": {"a": math.nan}}, "more than JSON"),
+    "a variable of no use": ({"chat_template_kwargs": {"thinking": True}}, "no use for thinking"),
+    "a message that is no JSON": ({"messages": [HELLO[0] | {"extra": {1}}]}, "extra is set"),
 }
 
 

@@ -5,7 +5,6 @@ How the engine is driven is each door's own.
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypedDict
@@ -54,10 +53,11 @@ class Door:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
-        opened = open_model(model, config.load_format, config.seed)
-        shape = opened.checkpoint.config
+        opened = open_model(model, config)
+        shape = opened.config
         try:
-            with loading_bar("Loading", len(tensor_shapes(shape))) as progress:
+            note = opened.growth(config.weights)
+            with loading_bar("Loading", len(tensor_shapes(shape)), note) as progress:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
         finally:
             opened.checkpoint.close()
@@ -65,6 +65,7 @@ class Door:
         self.budget: RankBudget = workers.budget
         self.storage_bytes: Callable[[], dict[str, int]] = workers.storage_bytes
         self._tokenizer = opened.tokenizer
+        self._defaults = SamplingParams.from_options(opened.sampling_defaults)
         self._engine = Engine(Scheduler(_scheduler_config(config, workers.budget, shape)), workers)
         self._numbers = itertools.count()  # of requests, in the order they were asked for
 
@@ -80,8 +81,8 @@ class Door:
         return self._tokenizer
 
     def default_sampling_params(self) -> SamplingParams:
-        """What holds where no sampling parameters are given."""
-        return SamplingParams()
+        """What holds where no sampling parameters are given: the model's generation config."""
+        return self._defaults
 
     def stats(self) -> dict[str, int]:
         """Where requests and blocks are, and what has been counted."""
@@ -92,6 +93,7 @@ class Door:
     ) -> Generation:
         """A prompt as checked requests, which have not reached the engine."""
         text, ids = self._prompt_ids(prompt)
+        bad_words_ids = self._bad_words_ids(params)
         seed = child_seed(self.config.seed, number) if params.seed is None else params.seed
         requests = [
             Request(
@@ -99,8 +101,8 @@ class Door:
                 ids,
                 params,
                 seed=seed if params.n == 1 else child_seed(seed, child),
-                eos_token_ids=self._eos_token_ids(),
-                bad_words_ids=self._bad_words_ids(params),
+                eos_token_ids=self.model_config.eos_token_ids,
+                bad_words_ids=bad_words_ids,
                 priority=priority,
             )
             for child in range(params.n)
@@ -110,16 +112,19 @@ class Door:
 
     def _chat_ids(self, messages: Messages, options: ChatOptions) -> list[int]:
         """A conversation as the chat template writes it."""
-        _check_chat_options(options)
-        continues = options.get("continue_final_message", False)
-        return self.get_tokenizer().apply_chat_template(
-            messages,
-            add_generation_prompt=options.get("add_generation_prompt", not continues),
-            continue_final_message=continues,
-            tools=options.get("tools"),
-            documents=options.get("documents"),
-            **(options.get("chat_template_kwargs") or {}),
-        )
+        for name in options.keys() - ChatOptions.__annotations__.keys():
+            known = ", ".join(ChatOptions.__annotations__)
+            raise RequestError(f"unknown chat option {shown(name)}; known: {known}")
+        given: dict[str, Any] = {**options}
+        variables = given.pop("chat_template_kwargs", None) or {}
+        _check_template_kwargs(variables)
+        return self.get_tokenizer().apply_chat_template(messages, **given, **variables)
+
+    def _close(self) -> None:
+        """Free what both doors hold."""
+        self._engine.close()
+        if self._tokenizer is not None:
+            self._tokenizer.close()
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text of a prompt, if it came as text, and its token ids."""
@@ -134,10 +139,6 @@ class Door:
         if not isinstance(prompt, Sequence):
             raise RequestError(f"a prompt is {shown(prompt)}; it must be text or token ids")
         return None, list(prompt)
-
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        own = self._tokenizer.eos_token_ids if self._tokenizer else ()
-        return tuple(dict.fromkeys((*self.model_config.eos_token_ids, *own)))
 
     def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as ids, at the start of a text and, where as long, after a space (vLLM)."""
@@ -154,27 +155,14 @@ class Door:
         return found
 
 
-def _check_chat_options(options: ChatOptions) -> None:
-    known = ChatOptions.__annotations__
-    for name in options.keys() - known.keys():
-        raise RequestError(f"unknown chat option {shown(name)}; known: {', '.join(known)}")
-    if options.get("add_generation_prompt") and options.get("continue_final_message"):
-        raise RequestError(
-            "add_generation_prompt and continue_final_message exclude each other: "
-            "a new answer begins, or the last message goes on"
-        )
-    variables = options.get("chat_template_kwargs") or {}
+def _check_template_kwargs(variables: object) -> None:
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         raise RequestError(
             f"chat_template_kwargs is {shown(variables)}; it must map names to JSON values"
         )
-    for name in ("messages", *known):
+    for name in ("messages", *ChatOptions.__annotations__):
         if name in variables:
             raise RequestError(f"chat_template_kwargs has {name}; give it as an option of its own")
-    try:
-        json.dumps(dict(variables), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"chat_template_kwargs holds more than JSON values: {error}") from error
 
 
 def _scheduler_config(

@@ -42,11 +42,10 @@ class EngineThread:
         self._asked.put(partial(self._engine.abort, request_id))
 
     def close(self) -> None:
-        """Stop after the step that runs, and free the engine; closing again does nothing."""
+        """Stop after the step that runs; closing again does nothing."""
         atexit.unregister(self.close)
         self._asked.put(self._stop)
         self._thread.join()
-        self._engine.close()
 
     def _run(self) -> None:
         while not self._stopping:

@@ -11,9 +11,13 @@ from roofline.doors.outputs import RequestOutput
 
 
 @contextlib.contextmanager
-def loading_bar(verb: str, num_tensors: int) -> Iterator[Callable[[str], None]]:
-    """Advanced by each tensor's name; leaves no trace, and is nothing at all off a terminal."""
+def loading_bar(
+    verb: str, num_tensors: int, note: str | None = None
+) -> Iterator[Callable[[str], None]]:
+    """A line if there is one, and a bar advanced by each tensor's name; nothing off a terminal."""
     console = Console(stderr=True)
+    if note is not None and console.is_terminal:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(verb, total=num_tensors)
         yield lambda name: bar.update(task, advance=1, description=f"{verb} {name}")

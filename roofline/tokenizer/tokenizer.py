@@ -5,6 +5,7 @@ is in `gguf_vocabulary`, `folder_vocabulary` and `llama2c_vocabulary`; how messa
 forging special tokens is in `placeholders`.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,9 @@ from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from roofline.errors import CheckpointError, RequestError
+from roofline.sandbox import Sandbox
 from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.tokenizer.conversation import Conversation
 from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
 from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
 from roofline.tokenizer.llama2c_vocabulary import vocabulary_from_llama2c
@@ -25,11 +28,17 @@ from roofline.tokenizer.vocabulary import Vocabulary
 
 _MAX_SPECIAL_CHARACTERS = 1024
 
+# How much text a chat template may write: more than a context holds of any but odd text.
+_BYTES_PER_TOKEN = 16
+_USUAL_CONTEXT_TOKENS = 1 << 17  # where the files do not say
+_MAX_CONTEXT_TOKENS = 1 << 21
+
 
 class Tokenizer:
     """Encodes and decodes for one model. Safe to share between threads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.kind = vocabulary.kind
         self.vocab_size = vocabulary.size
         self.bos_token_id = vocabulary.bos_token_id
         self.eos_token_ids = vocabulary.eos_token_ids
@@ -45,10 +54,14 @@ class Tokenizer:
         self._added_texts = {id: token.content for id, token in added.items()}
         self._special_texts = _special_texts(vocabulary, added.values())
         self._template_tokens = vocabulary.template_tokens
+        self._sandbox = Sandbox()  # ends with this object, at the latest
+        self._source = vocabulary.source
+        context_tokens = vocabulary.context_tokens or _USUAL_CONTEXT_TOKENS
+        self._max_chat_bytes = _BYTES_PER_TOKEN * min(max(context_tokens, 1), _MAX_CONTEXT_TOKENS)
         self.chat_template: ChatTemplate | None = None
-        if vocabulary.chat_template is not None:
+        if vocabulary.chat_templates:
             origin = f"{vocabulary.source}: chat template"
-            self.chat_template = ChatTemplate(vocabulary.chat_template, origin)
+            self.chat_template = self._chat_template(vocabulary.chat_templates, origin)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], source: str) -> Self:
@@ -64,6 +77,12 @@ class Tokenizer:
     def from_llama2c(cls, path: str | os.PathLike[str]) -> Self:
         """Build from llama2.c's tokenizer.bin."""
         return cls(vocabulary_from_llama2c(path))
+
+    def with_chat_templates(self, sources: Mapping[str, str], origin: str) -> Self:
+        """The same tokenizer, whose chats other templates write; `origin` names their file."""
+        other = copy.copy(self)
+        other.chat_template = self._chat_template(sources, origin)
+        return other
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
@@ -104,11 +123,21 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Turn a conversation into ids; special tokens are those the template writes, no others."""
-        pieces = self._render(messages, add_generation_prompt, variables)
+        """Turn a conversation into ids; special tokens are those the template writes, no others.
+
+        It ends where the assistant begins to answer, unless told otherwise or the final message is
+        to be continued.
+        """
+        conversation = Conversation(
+            messages, add_generation_prompt, continue_final_message, tools, documents, variables
+        )
+        pieces = self._render(conversation)
         if len(pieces) == 1:
             return self._parse(pieces[0])
         ids: list[int] = []
@@ -125,11 +154,21 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """A conversation as the template writes it, to show."""
-        return "".join(self._render(messages, add_generation_prompt, variables))
+        """A conversation as the template writes it, to show; see `apply_chat_template`."""
+        conversation = Conversation(
+            messages, add_generation_prompt, continue_final_message, tools, documents, variables
+        )
+        return "".join(self._render(conversation))
+
+    def close(self) -> None:
+        """End the process that renders chat templates; a later chat would start another."""
+        self._sandbox.close()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files from which `from_folder` builds this tokenizer again."""
@@ -140,29 +179,37 @@ class Tokenizer:
             whole.post_processor = TemplateProcessing(
                 single=[*before, "$A", *after], special_tokens=[(t, id) for id, t in around.items()]
             )
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._template_tokens}
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self._template_tokens,
+        }
         if self.chat_template is not None:
-            config["chat_template"] = self.chat_template.source
+            sources = self.chat_template.sources
+            config["chat_template"] = sources.get("default", "")
+            if set(sources) != {"default"}:
+                config["chat_template"] = [{"name": n, "template": t} for n, t in sources.items()]
         Path(folder, "tokenizer.json").write_text(whole.to_str(), encoding="utf-8")
         text = json.dumps(config, indent=2)
         Path(folder, "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-    def _render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> list[str]:
+    def _chat_template(self, sources: Mapping[str, str], origin: str) -> ChatTemplate:
+        return ChatTemplate(sources, origin, self._sandbox, max_bytes=self._max_chat_bytes)
+
+    def _render(self, conversation: Conversation) -> list[str]:
         """The template's text, and at odd indices texts of special tokens that callers wrote."""
         template = self.chat_template
         if template is None:
-            raise RequestError("the model has no chat template; give a plain prompt")
-        _check_messages(messages)
+            raise RequestError(
+                f"{self._source}: has no chat template; give one with --chat-template "
+                "(chat_template= in Python), or a plain prompt"
+            )
+        template.refuse_unused(conversation.optional)
         return render_untrusted(
-            template,
+            template.render,
             self._special_texts,
-            {"messages": messages, **variables},
-            {"add_generation_prompt": add_generation_prompt, **self._template_tokens},
+            {"messages": conversation.plain_messages(), **conversation.optional},
+            {"add_generation_prompt": conversation.generation_prompt, **self._template_tokens},
+            continue_final_message=conversation.continue_final_message,
         )
 
     def _parts(self, pieces: Sequence[str]) -> Iterator[str | int]:
@@ -228,14 +275,6 @@ def _within_text(plain: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         replacement=words.replacement, prepend_scheme="never", split=words.split
     )
     return within
-
-
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RequestError("messages must be a list of one message or more")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{index}] must be a mapping with a role that is a string")
 
 
 def _checked(text: str) -> str:

@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of sane size; CheckpointError names the file otherwise."""
     try:
         if not path.exists():
-            raise CheckpointError(f"{path}: no such file; a safetensors folder needs one")
+            raise CheckpointError(f"{path}: no such file")
         if not path.is_file():  # opening a FIFO would wait for its writer
             raise CheckpointError(f"{path}: not a regular file")
         with path.open("rb") as file:
