@@ -16,7 +16,7 @@ from roofline.cli.run_test import KEYS
 from tests.tiny_model import write_tiny_model
 
 COMMAND = [sys.executable, "-W", "error", "-m", "roofline"]
-HELPS = ["", "run", "fit", "ppl", "quantize", "doctor", "bench", "bench latency"]
+HELPS = ["", "run", "serve", "fit", "ppl", "quantize", "doctor", "bench", "bench latency"]
 HELP_SECONDS = 0.3  # of the processor: what a clock shows depends on what else runs
 
 

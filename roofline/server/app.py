@@ -63,6 +63,8 @@ class _Routes:
         asked = ChatRequest.from_body(await body.read_json(request))
         self._check_model(asked.model)
         params = asked.to_params(self._llm.default_sampling_params())
+        if self._tokenizer.chat_template is None:
+            raise RequestError(f"{self._model} has no chat template; send text to /v1/completions")
         ids = await asyncio.to_thread(
             self._tokenizer.apply_chat_template,
             asked.to_messages(),

@@ -155,7 +155,8 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
     try:
         with serving(llm) as url:
             response = httpx2.post(url + CHAT, json={"messages": USER})
-            assert "no chat template" in refusal(response, 400)["message"]
+            message = refusal(response, 400)["message"]
+            assert "has no chat template; send text to /v1/completions" in message
             assert httpx2.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
     finally:
         llm.close()
@@ -167,7 +168,7 @@ def test_a_failed_step_is_500_or_an_event_and_the_next_request_runs(
 ) -> None:
     body = {"prompt": "Hello", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
     right = client.post(COMPLETIONS, json=body).json()["choices"]
-    run, left = ModelRunner.run, [True, True] if stream else []
+    run, left = ModelRunner.run, [True] * 6 if stream else []
 
     def fail(self: ModelRunner, *arguments: Any) -> Any:
         if not left:
@@ -181,7 +182,7 @@ def test_a_failed_step_is_500_or_an_event_and_the_next_request_runs(
     assert "0xdeadbeef" not in response.text and "/home" not in response.text
     if stream:
         events = response.text.split("\n\n")
-        assert response.status_code == 200 and len(events) == 5
+        assert response.status_code == 200 and len(events) > 3
         assert events[-3].startswith('data: {"error":{') and events[-2:] == ["data: [DONE]", ""]
     else:
         assert refusal(response, 500)["type"] == "server_error"

@@ -61,8 +61,14 @@ _UNSUPPORTED: dict[str, Any] = {
 _TRANSLATED = {"logprobs", "prompt_logprobs"}
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - _TRANSLATED
 
-# A template may read these of a request; all else it reads is the server's to say.
-_TEMPLATE_KWARGS = {"date_string", "enable_thinking", "thinking", "tools_in_user_message"}
+# A template reads these too, and they come by other ways than its own variables.
+_NOT_VARIABLES = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "documents",
+    "messages",
+    "tools",
+}
 
 _ROLES = {  # and what templates call them
     "system": "system",
@@ -161,19 +167,13 @@ class ChatRequest(_Request):
     chat_template_kwargs: dict[str, bool | int | float | str] = {}
 
     def check(self) -> None:
-        """Refuse contradictions, and template variables that are not a request's to set."""
+        """Refuse contradictions; what a template has no use for, its tokenizer refuses."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise RequestError(
-                "continue_final_message contradicts add_generation_prompt",
-                param="continue_final_message",
-            )
         for name in self.chat_template_kwargs:
-            if name not in _TEMPLATE_KWARGS:
+            if name in _NOT_VARIABLES:
                 raise RequestError(
-                    f"chat_template_kwargs has {shown(name)}; "
-                    f"a request may set {', '.join(sorted(_TEMPLATE_KWARGS))}",
+                    f"chat_template_kwargs has {name}, which is no variable of a template",
                     param="chat_template_kwargs",
                 )
 
@@ -182,15 +182,14 @@ class ChatRequest(_Request):
         """The tokens of an answer, as far as the request says."""
         return self.max_completion_tokens or super().max_tokens
 
-    def to_messages(self) -> list[dict[str, str]]:
+    def to_messages(self) -> list[dict[str, Any]]:
         """The conversation as chat templates take it."""
         return [_message(index, message) for index, message in enumerate(self.messages)]
 
     def to_template_options(self) -> dict[str, Any]:
         """The keywords of `apply_chat_template`."""
-        prompt = self.add_generation_prompt
         return {
-            "add_generation_prompt": not self.continue_final_message if prompt is None else prompt,
+            "add_generation_prompt": self.add_generation_prompt,
             "continue_final_message": self.continue_final_message,
             **self.chat_template_kwargs,
         }
@@ -279,14 +278,18 @@ def _biases(value: Any) -> Any:
     return {int(key) if re.fullmatch("[0-9]{1,18}", key) else key: v for key, v in value.items()}
 
 
-def _message(index: int, message: Message) -> dict[str, str]:
+def _message(index: int, message: Message) -> dict[str, Any]:
     where = f"messages[{index}]"
     if message.role not in _ROLES:
         raise _refused(f"{where}.role", message.role, ", ".join(_ROLES))
     if message.tool_calls:
         name = f"{where}.tool_calls"
         raise RequestError(f"{name} is not supported by this version", param=name)
-    given = {"role": _ROLES[message.role], "content": _content(where, message.content)}
+    given = {"role": _ROLES[message.role], "content": message.content}
+    if not isinstance(message.content, str):
+        given["content"] = [
+            _part(f"{where}.content[{index}]", part) for index, part in enumerate(message.content)
+        ]
     if message.name is not None:
         if not _NAME.fullmatch(message.name):
             raise _refused(f"{where}.name", message.name, "1 to 64 letters without spaces")
@@ -294,17 +297,12 @@ def _message(index: int, message: Message) -> dict[str, str]:
     return given
 
 
-def _content(where: str, content: str | list[Part]) -> str:
-    """A message's text; of several parts each is a line, as in vLLM."""
-    if isinstance(content, str):
-        return content
-    for index, part in enumerate(content):
-        if part.type != "text":
-            raise _refused(f"{where}.content[{index}].type", part.type, "text")
-        if part.text is None:
-            name = f"{where}.content[{index}].text"
-            raise RequestError(f"{name} is missing", param=name)
-    return "\n".join(part.text or "" for part in content)
+def _part(where: str, part: Part) -> dict[str, str]:
+    if part.type != "text":
+        raise _refused(f"{where}.type", part.type, "text")
+    if part.text is None:
+        raise RequestError(f"{where}.text is missing", param=f"{where}.text")
+    return {"type": "text", "text": part.text}
 
 
 def _refused(name: str, value: str, wanted: str) -> RequestError:

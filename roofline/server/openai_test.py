@@ -189,8 +189,6 @@ def test_bounds_are_where_they_are_said_to_be(name: str) -> None:
 def test_contradictions_are_refused() -> None:
     assert refusal(top_logprobs=1).param == "top_logprobs"
     assert refusal(stream_options={"include_usage": True}).param == "stream_options"
-    both = refusal(add_generation_prompt=True, continue_final_message=True)
-    assert both.param == "continue_final_message"
     assert refusal(min_tokens=5, max_tokens=2).param == "min_tokens"
     with pytest.raises(RequestError, match="best_of"):
         completion(best_of=2)
@@ -203,7 +201,7 @@ def test_stream_options_are_known_by_name() -> None:
     assert refusal(stream=True, stream_options={"usage": True}).param == "stream_options"
 
 
-def messages(*given: dict[str, Any]) -> list[dict[str, str]]:
+def messages(*given: dict[str, Any]) -> list[dict[str, Any]]:
     return chat(messages=list(given)).to_messages()
 
 
@@ -215,7 +213,7 @@ def test_messages_are_roles_and_text() -> None:
         {"role": "assistant", "content": "", "refusal": None, "tool_calls": [], "audio": None},
     ) == [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "one\ntwo", "name": "ann"},
+        {"role": "user", "content": parts, "name": "ann"},
         {"role": "assistant", "content": ""},
     ]
 
@@ -253,22 +251,16 @@ def test_there_are_messages_and_not_too_many() -> None:
     assert refusal(messages=[USER] * (openai.MAX_MESSAGES + 1)).param == "messages"
 
 
-def test_a_request_sets_few_variables_of_a_template() -> None:
+def test_a_template_gets_its_options_and_scalars_of_its_own() -> None:
     asked = chat(chat_template_kwargs={"enable_thinking": False, "date_string": "1 May"})
     assert asked.to_template_options() == {
-        "add_generation_prompt": True,
+        "add_generation_prompt": None,
         "continue_final_message": False,
         "enable_thinking": False,
         "date_string": "1 May",
     }
-    for name, value in (("bos_token", "x"), ("messages", 1), ("enable_thinking", [1])):
+    for name, value in (("messages", 1), ("tools", "x"), ("enable_thinking", [1])):
         assert "chat_template_kwargs" in refusal(chat_template_kwargs={name: value}).message
-    continued = chat(continue_final_message=True).to_template_options()
-    assert (continued["add_generation_prompt"], continued["continue_final_message"]) == (
-        False,
-        True,
-    )
-    assert not chat(add_generation_prompt=False).to_template_options()["add_generation_prompt"]
 
 
 @pytest.mark.parametrize(
