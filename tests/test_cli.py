@@ -20,6 +20,7 @@ HELPS = [
     "",
     "run",
     "chat",
+    "serve",
     "pull",
     "ls",
     "show",
