@@ -16,6 +16,7 @@ from roofline.doors.generation import Generation
 from roofline.doors.progress import loading_bar
 from roofline.engine import Engine
 from roofline.errors import RequestError, UsageError, shown
+from roofline.grammars.compiler import GrammarCompiler
 from roofline.models.checkpoints.tensors import tensor_shapes
 from roofline.models.opening import open_model
 from roofline.request import Request, SamplingParams, child_seed
@@ -65,6 +66,7 @@ class Door:
         self.budget: RankBudget = workers.budget
         self.storage_bytes: Callable[[], dict[str, int]] = workers.storage_bytes
         self._tokenizer = opened.tokenizer
+        self._grammars = GrammarCompiler(opened.tokenizer, shape.eos_token_ids, shape.vocab_size)
         self._defaults = SamplingParams.from_options(opened.sampling_defaults)
         self._engine = Engine(Scheduler(_scheduler_config(config, workers.budget, shape)), workers)
         self._numbers = itertools.count()  # of requests, in the order they were asked for
@@ -95,6 +97,7 @@ class Door:
         text, ids = self._prompt_ids(prompt)
         bad_words_ids = self._bad_words_ids(params)
         seed = child_seed(self.config.seed, number) if params.seed is None else params.seed
+        matchers = self._grammars.matchers(params)
         requests = [
             Request(
                 f"{number}-{child}",
@@ -104,6 +107,7 @@ class Door:
                 eos_token_ids=self.model_config.eos_token_ids,
                 bad_words_ids=bad_words_ids,
                 priority=priority,
+                matcher=matchers[child],
             )
             for child in range(params.n)
         ]
@@ -123,6 +127,7 @@ class Door:
     def _close(self) -> None:
         """Free what both doors hold."""
         self._engine.close()
+        self._grammars.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
 

@@ -74,7 +74,7 @@ class Generation:
     def _take_text(self, answer: CompletionOutput, stream: TextStream, new: TokenOutput) -> None:
         """Add the text of new ids; a stop token's own is dropped, a stop string ends it."""
         params, ids = self._params, new.token_ids
-        if new.finish_reason == "stop" and not params.include_stop_str_in_output:
+        if new.ends_with_stop_token and not params.include_stop_str_in_output:
             ids = ids[:-1]
         may_stop = len(answer.token_ids) > params.min_tokens
         answer.text += stream.push(ids, may_stop=may_stop)

@@ -24,8 +24,9 @@ class CompletionOutput:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None  # for each of token_ids
-    finish_reason: str | None = None  # stop, length or abort
-    stop_reason: int | str | None = None  # the stop token id or stop string that ended it
+    finish_reason: str | None = None  # stop, length, abort or error
+    # The stop token id or stop string that ended it, or what the error was.
+    stop_reason: int | str | None = None
 
 
 @dataclasses.dataclass

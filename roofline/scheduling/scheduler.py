@@ -49,7 +49,8 @@ class _Issued:
         """Plan a request's next tokens."""
         self.requests.append(request)
         self.epochs.append(request.epoch)
-        self.plan.add(request.row, request.num_computed, token_ids, samples, block_ids)
+        mask = request.matcher.mask() if samples and request.matcher is not None else None
+        self.plan.add(request.row, request.num_computed, token_ids, samples, block_ids, mask)
         request.num_computed += len(token_ids)
         request.num_in_flight += samples
 
@@ -107,7 +108,7 @@ class Scheduler:
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
-        request.finish_reason = "abort"
+        request.finish("abort")
         self._leave(request)
         return True
 
@@ -182,6 +183,7 @@ class Scheduler:
         assert in_flight == request.num_in_flight, f"{name} miscounts its tokens in flight"
         assert known + in_flight <= request.max_total_tokens, f"{name} is too long"
         assert computed < known + max(in_flight, 1), f"{name} computes the unknown"
+        assert request.matcher is None or in_flight <= 1, f"{name} runs ahead of its matcher"
         assert len(request.blocks) == self.config.blocks_for(computed)
         chain: list[bytes] = []
         self._pool.extend_chain(chain, request.tokens, known // self.config.block_tokens)
@@ -200,8 +202,10 @@ class Scheduler:
             tokens, computed = request.tokens, request.num_computed
             in_flight = request.num_in_flight
             known = len(tokens)
-            if in_flight and known + in_flight >= request.max_total_tokens:
-                continue  # its last token is on the way
+            if in_flight and (
+                request.matcher is not None or known + in_flight >= request.max_total_tokens
+            ):
+                continue  # its last token is on the way, or one that its matcher must see first
             if not budget:
                 break
             if computed % block_tokens and (in_flight or computed + 1 == known):
@@ -304,8 +308,8 @@ class Scheduler:
         for used, token in enumerate(new, 1):
             output.finish_reason = request.append(token)
             if output.finish_reason is not None:
-                if output.finish_reason == "stop":
-                    output.stop_reason = request.stop_reason(token)
+                output.stop_reason = request.stop_reason
+                output.ends_with_stop_token = request.ends_with_stop_token
                 del new[used:]
                 del self._requests[request.request_id]
                 self._leave(request)
