@@ -191,9 +191,7 @@ def assert_close(actual: Iterable[Tensor], expected: Iterable[Tensor], dtype: to
     """Within tolerance; NaN and inf in the same places."""
     for mine, theirs in zip(actual, expected, strict=True):
         limit = TOLERANCE[dtype] * float(theirs.float().nan_to_num(0, 0, 0).abs().max().clamp(1))
-        torch.testing.assert_close(
-            mine.float(), theirs.float(), rtol=0, atol=limit, equal_nan=True
-        )
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=0, atol=limit, equal_nan=True)
 
 
 def bits(tensors: list[Tensor]) -> list[Tensor]:
@@ -249,9 +247,7 @@ def test_nan_and_inf_go_where_they_go_in_the_reference(
 
 
 @DTYPES
-def test_a_table_of_nan_and_inf_is_looked_up_as_it_is(
-    library: Library, dtype: torch.dtype
-) -> None:
+def test_a_table_of_nan_and_inf_is_looked_up_as_it_is(library: Library, dtype: torch.dtype) -> None:
     step = Step(SHAPES["floats"], dtype)
     step.weights["table"].values[20, 5:8] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     step.ids[6] = 30
