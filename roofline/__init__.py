@@ -9,13 +9,14 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CompletionOutput": "roofline.llm",
+    "AsyncLLM": "roofline.async_llm",
+    "CompletionOutput": "roofline.doors.outputs",
     "LLM": "roofline.llm",
-    "RequestOutput": "roofline.llm",
+    "RequestOutput": "roofline.doors.outputs",
     "SamplingParams": "roofline.request",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:

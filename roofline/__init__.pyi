@@ -1,8 +1,10 @@
 """The names that `__init__.py` loads lazily, as types."""
 
-from roofline.llm import LLM, CompletionOutput, RequestOutput
+from roofline.async_llm import AsyncLLM
+from roofline.doors.outputs import CompletionOutput, RequestOutput
+from roofline.llm import LLM
 from roofline.request import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 __version__: str

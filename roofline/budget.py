@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from roofline.config import EngineConfig, ModelConfig, ParallelConfig, WeightFormat
+from roofline.config import GROUP_SIZES, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
@@ -205,9 +205,13 @@ def plan_step_buffers(
     parallel, tp = rank.parallel, rank.tp_rank
     heads = len(parallel.query_heads(model, tp))
     channels = len(parallel.ffn_channels(model, tp))
-    longest_row = max(model.hidden_size, heads * model.head_dim, channels)
+    hidden = model.hidden_size
+    longest_row = max(hidden, heads * model.head_dim, channels)
     qkv_rows = (heads + 2 * len(parallel.kv_heads(model, tp))) * model.head_dim
-    normed_and_mixed = tokens * (model.hidden_size + qkv_rows)
+    layer_values = max(  # of an op's activations, before and after they are multiplied
+        tokens * (hidden + qkv_rows) + quantized_values(tokens, hidden),
+        quantized_values(tokens, longest_row),
+    )
     buffers: dict[str, tuple[tuple[int, ...], str]] = {
         "token_ids": ((tokens,), "int64"),
         "positions": ((tokens,), "int64"),
@@ -221,7 +225,7 @@ def plan_step_buffers(
         "query": ((tokens, heads, model.head_dim), dtype),
         "attended": ((tokens, heads, model.head_dim), dtype),
         "activated": ((tokens, channels), dtype),
-        "scratch": ((max(SCRATCH_VALUES, longest_row, normed_and_mixed),), "float32"),
+        "scratch": ((max(SCRATCH_VALUES, longest_row, layer_values),), "float32"),
         "step": ((3,), "int64"),
         "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
     }
@@ -233,6 +237,12 @@ def plan_step_buffers(
             vocabulary = len(parallel.vocabulary(model, tp))
             buffers["logits_shard"] = ((sampled, vocabulary), "float32")
     return buffers
+
+
+def quantized_values(tokens: int, columns: int) -> int:
+    """Float32 values that take as much as activations in INT8: values, scales and sums."""
+    groups = -(-columns // min(GROUP_SIZES)) + 1  # a cut may begin inside a group
+    return tokens * (-(-columns // 4) + 2 * groups)
 
 
 def buffer_bytes(buffers: Mapping[str, tuple[tuple[int, ...], str]]) -> int:

@@ -46,6 +46,10 @@ class Engine:
         """Whether `step` has anything left to do."""
         return self._scheduler.has_unfinished or bool(self._in_flight)
 
+    def check_request(self, request: Request) -> None:
+        """RequestError or CapacityError if it could never finish; from any thread."""
+        self._scheduler.config.check_request(request)
+
     def add(self, request: Request) -> None:
         """Queue a request; RequestError or CapacityError if it could never finish."""
         self._scheduler.add(request)
@@ -77,7 +81,7 @@ class Engine:
             raise
 
     def stats(self) -> SchedulerStats:
-        """Count where every request and block is."""
+        """Count where every request and block is; from any thread."""
         return self._scheduler.stats()
 
     def close(self) -> None:

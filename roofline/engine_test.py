@@ -7,8 +7,9 @@ import pytest
 from roofline.engine import Engine
 from roofline.errors import RequestError
 from roofline.request import Request, SamplingParams, child_seed
+from roofline.scheduling.limits import SchedulerConfig
 from roofline.scheduling.plan import StepPlan, StepResult
-from roofline.scheduling.scheduler import Scheduler, SchedulerConfig
+from roofline.scheduling.scheduler import Scheduler
 from roofline.scheduling.scheduler_test import KvWorkers, answer, config_of
 
 CONFIG = config_of(num_blocks=20)

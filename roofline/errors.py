@@ -6,7 +6,8 @@
     │   └── RequestError          exit 2   a prompt or parameter out of bounds (a ValueError too)
     ├── CheckpointError           exit 1   a model file that is missing parts, truncated or lying
     ├── DownloadError             exit 1   a model that could not be fetched
-    └── CapacityError             exit 1   it does not fit: memory or disk, with what would
+    ├── CapacityError             exit 1   it does not fit: memory or disk, with what would
+    └── EngineError               exit 1   a step failed or the engine was closed: an answer is lost
 
 A message is one line and the whole answer: what, where, and the nearest thing that works.
 """
@@ -36,7 +37,14 @@ class UnsupportedError(UsageError):
 
 
 class RequestError(UsageError, ValueError):
-    """A prompt or sampling parameter out of bounds; names the field and its bounds."""
+    """A prompt or sampling parameter out of bounds; names the field and its bounds.
+
+    For programs, `param` is that field, and `code` the kind of refusal where they act on it.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
 
 
 class CheckpointError(RooflineError):
@@ -49,6 +57,10 @@ class DownloadError(RooflineError):
 
 class CapacityError(RooflineError):
     """Something does not fit in memory or on disk; says how much would."""
+
+
+class EngineError(RooflineError):
+    """An answer was lost through no fault of its request; says why. Asking again may help."""
 
 
 def shown(value: object) -> str:

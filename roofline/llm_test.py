@@ -66,11 +66,86 @@ def test_streamed_text_grows_to_the_generated_one(llm: LLM) -> None:
     expected = llm.generate("abc", sampled())[0].outputs[0]
     texts: list[str] = []
     lengths: list[int] = []
-    for output in llm.stream("abc", sampled()):
+    for output in llm.generate("abc", sampled(), stream=True):
         texts.append(output.outputs[0].text)
         lengths.append(len(output.outputs[0].token_ids))
     assert texts[-1] == expected.text and lengths == list(range(1, 13))
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+
+
+@pytest.mark.parametrize("options", [{"prompts": ["a", "b"]}, {"prompts": []}, {"use_tqdm": True}])
+def test_a_stream_is_of_one_prompt_and_without_a_bar(llm: LLM, options: dict[str, Any]) -> None:
+    whole: dict[str, Any] = {"prompts": "a", "stream": True} | options
+    with pytest.raises(RequestError, match="stream=True takes one prompt and no progress bar"):
+        llm.generate(**whole)
+
+
+def test_a_bar_shows_prompts_and_rates_where_asked_for(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm.generate(["a", "b"], GREEDY)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(["a", "b"], sampled(n=2), use_tqdm=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "2/2" in shown.err and "output:" in shown.err
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+WEATHER = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": "No."}]
+
+
+def test_a_chat_is_its_template_s_prompt(llm: LLM) -> None:
+    ids = llm.get_tokenizer().apply_chat_template(HELLO)
+    (answer,) = llm.chat(HELLO, GREEDY)
+    assert answer.prompt_token_ids == ids
+    assert answer.outputs == llm.generate([ids], GREEDY)[0].outputs
+    *_, streamed = llm.chat(HELLO, GREEDY, stream=True)
+    assert streamed.outputs == answer.outputs
+
+
+def test_conversations_are_answered_in_their_order(llm: LLM) -> None:
+    answers = llm.chat([HELLO, WEATHER], [GREEDY, sampled()], use_tqdm=True)
+    assert answers[0].outputs == llm.chat(HELLO, GREEDY)[0].outputs
+    assert answers[1].outputs == llm.chat(WEATHER, sampled())[0].outputs
+    with pytest.raises(RequestError, match="stream=True takes one prompt"):
+        llm.chat([HELLO, WEATHER], GREEDY, stream=True)
+
+
+def test_without_a_generation_prompt_the_conversation_ends_where_it_ends(llm: LLM) -> None:
+    ids = llm.get_tokenizer().apply_chat_template(HELLO, add_generation_prompt=False)
+    answer = llm.chat(HELLO, GREEDY, add_generation_prompt=False)[0]
+    assert answer.prompt_token_ids == ids != llm.chat(HELLO, GREEDY)[0].prompt_token_ids
+
+
+def test_a_final_message_can_be_gone_on_with(llm: LLM) -> None:
+    opened = llm.chat(WEATHER, GREEDY, continue_final_message=True)[0]
+    text = llm.get_tokenizer().decode(opened.prompt_token_ids, skip_special_tokens=False)
+    assert text.endswith("<|im_start|>assistant\nNo.")
+
+
+CHAT_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "no message": ({"messages": []}, "messages"),
+    "text for messages": ({"messages": "hello"}, "messages must be a list"),
+    "a message without a role": ({"messages": [{"content": "x"}]}, "role"),
+    "a conversation that is none": ({"messages": [HELLO, 5]}, "messages"),
+    "an unknown option": ({"chat_template_args": {}}, "known: add_generation_prompt"),
+    "a new and a continued answer": (
+        {"add_generation_prompt": True, "continue_final_message": True},
+        "only one of them",
+    ),
+    "variables that are no mapping": ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x'"),
+    "a variable that has an option": ({"chat_template_kwargs": {"tools": []}}, "has tools"),
+    "a variable of no use": ({"chat_template_kwargs": {"thinking": True}}, "no use for thinking"),
+    "a message that is no JSON": ({"messages": [HELLO[0] | {"extra": {1}}]}, "extra is set"),
+}
+
+
+@pytest.mark.parametrize(("asked", "named"), CHAT_REFUSALS.values(), ids=CHAT_REFUSALS.keys())
+def test_a_bad_chat_is_refused_by_name(llm: LLM, asked: dict[str, Any], named: str) -> None:
+    whole: dict[str, Any] = {"messages": HELLO, "sampling_params": GREEDY} | asked
+    with pytest.raises(RequestError) as refusal:
+        llm.chat(**whole)
+    assert named in refusal.value.message and "\n" not in refusal.value.message
 
 
 def test_a_stop_string_across_tokens_ends_the_answer_before_it(llm: LLM) -> None:
@@ -85,7 +160,9 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(llm: LLM) -> None
 
 def test_streaming_never_shows_the_start_of_a_stop_string(llm: LLM) -> None:
     stop = _ascii_answer(llm)[4:7]
-    shown = [output.outputs[0].text for output in llm.stream("abc", _ascii(stop=stop))]
+    shown = [
+        output.outputs[0].text for output in llm.generate("abc", _ascii(stop=stop), stream=True)
+    ]
     assert shown[-1] == _ascii_answer(llm)[: _ascii_answer(llm).index(stop)]
     assert all(shown[-1].startswith(text) for text in shown)
 
@@ -158,7 +235,7 @@ def test_bad_words_never_appear(llm: LLM) -> None:
 
 
 def test_an_abandoned_stream_leaves_no_block_behind(llm: LLM) -> None:
-    stream = llm.stream("abc", sampled())
+    stream = llm.generate("abc", sampled(), stream=True)
     next(stream)
     assert llm.stats()["num_used_blocks"] > 0
     del stream
@@ -168,7 +245,7 @@ def test_an_abandoned_stream_leaves_no_block_behind(llm: LLM) -> None:
 def test_two_streams_taken_in_turn_do_not_mix(llm: LLM) -> None:
     prompts = ("abc", "xyz!")
     expected = [llm.generate(p, sampled())[0].outputs[0].text for p in prompts]
-    streams = [llm.stream(p, sampled()) for p in prompts]
+    streams = [llm.generate(p, sampled(), stream=True) for p in prompts]
     last = ["", ""]
     for outputs in itertools.zip_longest(*streams):  # either's step may serve both
         for i, output in enumerate(outputs):
@@ -253,7 +330,7 @@ def test_an_interrupted_step_ends_what_ran_and_harms_nothing_after(
     with LLM(str(folder), dtype="float32") as llm:
         expected = llm.generate(prompt, GREEDY)[0].outputs
     with LLM(str(folder), dtype="float32") as llm:
-        waiting = llm.stream(prompt, GREEDY)
+        waiting = llm.generate(prompt, GREEDY, stream=True)
         next(waiting)
         with monkeypatch.context() as patch:
             patch.setattr(ModelRunner, "run", _interrupt)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 from roofline.errors import RequestError, shown
+from roofline.structured_outputs import StructuredOutputsParams, TokenMatcher
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**64 - 1
@@ -70,6 +71,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGERS.items():
@@ -79,6 +81,9 @@ class SamplingParams:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise _refused(name, getattr(self, name), "True or False")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            wanted = "StructuredOutputsParams or None"
+            raise _refused("structured_outputs", self.structured_outputs, wanted)
         self._check_relations()
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         self._freeze("stop", _strings("stop", stop, _MAX_STOP_STRINGS))
@@ -151,7 +156,9 @@ class TokenOutput:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None  # the stop_token_ids entry that ended it; None for EOS
+    # The stop_token_ids entry that ended it, or what went wrong; None for EOS and a grammar's end.
+    stop_reason: int | str | None = None
+    ends_with_stop_token: bool = False  # the last of token_ids is no part of the text
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] | None = None  # of prompt[1:], once, with the first token
 
@@ -167,8 +174,10 @@ class Request:
         "bad_words_ids",
         "blocks",
         "chain",
+        "ends_with_stop_token",
         "epoch",
         "finish_reason",
+        "matcher",
         "max_total_tokens",
         "num_cached",
         "num_computed",
@@ -183,6 +192,7 @@ class Request:
         "sampling",
         "seed",
         "stop_ids",
+        "stop_reason",
         "tokens",
     )
 
@@ -196,6 +206,7 @@ class Request:
         eos_token_ids: Iterable[int] = (),
         bad_words_ids: Sequence[Sequence[int]] = (),
         priority: int = 0,
+        matcher: TokenMatcher | None = None,
     ) -> None:
         _check_integer("seed", seed, 0, MAX_SEED)
         _check_integer("priority", priority, -MAX_TOKENS, MAX_TOKENS)
@@ -208,6 +219,7 @@ class Request:
         self.stop_ids = frozenset(ends) | frozenset(sampling.stop_token_ids or ())
         self.bad_words_ids = tuple(tuple(word) for word in bad_words_ids)
         self.priority = priority  # lower goes first
+        self.matcher = matcher  # what its text must be like; None once it has finished
         self.arrival = 0  # counted by the scheduler
         self.order = (priority, 0)  # (priority, arrival)
         self.max_total_tokens = 0  # it ends when it has this many
@@ -223,6 +235,8 @@ class Request:
         wanted = sampling.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if wanted else None
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.ends_with_stop_token = False
 
     @property
     def num_output(self) -> int:
@@ -233,14 +247,18 @@ class Request:
         """Add an output token; say how it ends the request, if it does."""
         self.tokens.append(token)
         if token in self.stop_ids and self.num_output > self.sampling.min_tokens:
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.max_total_tokens:
-            self.finish_reason = "length"
+            self.ends_with_stop_token = True
+            named = token in (self.sampling.stop_token_ids or ())  # EOS is the model's own end
+            self.finish("stop", token if named else None)
+        elif self.matcher is not None:
+            self._match(self.matcher, token)
+        if self.finish_reason is None and len(self.tokens) >= self.max_total_tokens:
+            self.finish("length")
         return self.finish_reason
 
-    def stop_reason(self, token: int) -> int | None:
-        """Return the token that stopped it if the caller named it; EOS is the model's own end."""
-        return token if token in (self.sampling.stop_token_ids or ()) else None
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End it; what its text had to be like is no longer needed."""
+        self.finish_reason, self.stop_reason, self.matcher = reason, stop_reason, None
 
     def leave_row(self) -> None:
         """Forget where it ran and what was computed there; what is in flight will not be heard."""
@@ -248,6 +266,14 @@ class Request:
         self.blocks = []
         self.num_published = self.num_computed = self.num_in_flight = 0
         self.epoch += 1
+
+    def _match(self, matcher: TokenMatcher, token: int) -> None:
+        """Tell the matcher of a token; a matcher that gives up ends this request alone."""
+        try:
+            if matcher.accept(token):
+                self.finish("stop")
+        except RequestError as error:
+            self.finish("error", error.message)
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -262,7 +288,7 @@ def child_seed(seed: int, index: int) -> int:
 def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     """Refuse no ids at all, and what is no integer in [0, vocab_size), naming the first."""
     if not ids:
-        raise RequestError(f"{name} is empty; it must have at least one token")
+        raise RequestError(f"{name} is empty; it must have at least one token", param=name)
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
         return
     for index, token in enumerate(ids):
@@ -327,4 +353,4 @@ def _biases(value: object) -> dict[int, float] | None:
 
 
 def _refused(name: str, value: object, wanted: str) -> RequestError:
-    return RequestError(f"{name} is {shown(value)}; it must be {wanted}")
+    return RequestError(f"{name} is {shown(value)}; it must be {wanted}", param=name.split()[0])

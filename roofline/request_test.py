@@ -230,7 +230,11 @@ def test_a_stop_token_counts_only_after_min_tokens_others() -> None:
     request.max_total_tokens = 10
     assert [request.append(token) for token in (9, 2, 2)] == [None, None, "stop"]
     assert (request.num_output, request.finish_reason) == (3, "stop")
-    assert (request.stop_reason(9), request.stop_reason(2)) == (9, None)
+    assert (request.stop_reason, request.ends_with_stop_token) == (None, True)
+    named = Request("a", [1], sampling, seed=0, eos_token_ids=[2])
+    named.max_total_tokens = 10
+    assert [named.append(token) for token in (5, 5, 9)] == [None, None, "stop"]
+    assert (named.stop_reason, named.ends_with_stop_token) == (9, True)
 
 
 def test_a_request_ends_at_its_limit_and_a_stop_there_is_a_stop() -> None:

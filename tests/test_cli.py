@@ -16,7 +16,23 @@ from roofline.cli.run_test import KEYS
 from tests.tiny_model import write_tiny_model
 
 COMMAND = [sys.executable, "-W", "error", "-m", "roofline"]
-HELPS = ["", "run", "fit", "ppl", "quantize", "doctor", "bench", "bench latency"]
+HELPS = [
+    "",
+    "run",
+    "chat",
+    "serve",
+    "pull",
+    "ls",
+    "show",
+    "rm",
+    "fit",
+    "ppl",
+    "quantize",
+    "doctor",
+    "bench",
+    "bench latency",
+    "bench throughput",
+]
 HELP_SECONDS = 0.3  # of the processor: what a clock shows depends on what else runs
 
 
@@ -121,6 +137,8 @@ def test_help_is_there_at_once(command: str) -> None:
         ["fit", "llama-3.1-70b", "--tensor-parallel-size", "8", "--memory", "80", "--json"],
         ["fit", "MODEL", "--bandwidth", "100"],
         ["fit", "GGUF"],
+        ["show", "MODEL"],
+        ["ls"],
         ["run", "MODEL", "hi", "--temperature", "-1"],
         ["run", "absent", "hi"],
     ],

@@ -20,6 +20,7 @@ from roofline.models.checkpoints.quantized import write_quantized
 from roofline.models.checkpoints.safetensors_folder import SafetensorsCheckpoint
 from roofline.models.checkpoints.tensors import HEAD, matrix_shapes, tensor_shapes
 from roofline.models.families import FAMILIES, Family
+from roofline.models.opening import OpenedModel
 from tests.whole_model import WholeModel
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def test_int8_logits_are_those_of_the_dequantised_weights(
 ) -> None:
     peer = random_model(tmp_path, FAMILIES[kind], says)
     checkpoint = SafetensorsCheckpoint(tmp_path)
-    write_quantized(checkpoint, None, tmp_path / "int8", WeightFormat(), lambda name: None)
+    write_quantized(OpenedModel(checkpoint), tmp_path / "int8", WeightFormat(), lambda name: None)
     written = SafetensorsCheckpoint(tmp_path / "int8")
     assert dataclasses.replace(written.config, eos_token_ids=()) == dataclasses.replace(
         checkpoint.config, eos_token_ids=()

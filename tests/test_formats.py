@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -17,8 +16,9 @@ from roofline.cli import figures
 from roofline.cli.fit import fit
 from roofline.cli.quantize import quantize
 from roofline.cli.run import run
+from tests.gguf_writer import write_gguf
 from tests.llama2c_writer import LAYOUTS, interleave, random_llama, write_model
-from tests.sentencepiece_model import BOS, SIZE, gguf_metadata, trained, write_tokenizer_bin
+from tests.sentencepiece_model import BOS, SIZE, trained, write_tokenizer_bin
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 FLOATS: dict[str, Any] = {"quantization": "none", "dtype": "float32"}
@@ -29,35 +29,6 @@ def written(folder: Path, layout: str) -> tuple[Path, LlamaForCausalLM]:
     model = random_llama(vocab_size=SIZE)
     write_tokenizer_bin(folder / "tokenizer.bin")
     return write_model(model, folder / "model.bin", layout), model
-
-
-def write_gguf(model: LlamaForCausalLM, path: Path) -> Path:
-    """The model as llama.cpp's converter writes one of Llama 2."""
-    writer, config = gguf.GGUFWriter(path, "llama"), model.config
-    heads: dict[str, int] = {"attn_q": config.num_attention_heads, "attn_k": 2}
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads["attn_q"])
-    writer.add_head_count_kv(heads["attn_k"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    metadata = gguf_metadata()
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(metadata["tokenizer.ggml.tokens"])
-    writer.add_token_scores(metadata["tokenizer.ggml.scores"].tolist())
-    writer.add_token_types(metadata["tokenizer.ggml.token_type"].tolist())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        stored = names.get_name(name, try_suffixes=(".weight",)) or name
-        ordered = interleave(weight, heads.get(stored.split(".")[-2], 0))
-        writer.add_tensor(stored, ordered.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def assert_answers_of(peer: Any, path: Path) -> None:
@@ -87,6 +58,48 @@ def test_text_in_text_out_is_that_of_transformers_and_sentencepiece(
 def test_a_gguf_with_pieces_and_scores_answers_the_same(tmp_path: Path) -> None:
     peer = random_llama(vocab_size=SIZE)
     assert_answers_of(peer, write_gguf(peer, tmp_path / "model.gguf"))
+
+
+@torch.inference_mode()
+def test_a_split_gguf_answers_as_the_unsplit_one(tmp_path: Path) -> None:
+    peer = random_llama(vocab_size=SIZE)
+    write_gguf(peer, tmp_path / "model.gguf", split_max_tensors=8)
+    parts = sorted(tmp_path.glob("model-*-of-*.gguf"))
+    assert len(parts) == 3 and not (tmp_path / "model.gguf").exists()
+    for part in parts[:2]:
+        assert_answers_of(peer, part)
+
+
+@torch.inference_mode()
+def test_a_file_in_the_other_rotary_order_answers_right_when_told(tmp_path: Path) -> None:
+    """Hugging Face's rows through an exporter that leaves them as they are."""
+    path, peer = written(tmp_path, "kuiper")
+    moved = random_llama(vocab_size=SIZE)
+    for layer in moved.model.layers:
+        for projection, heads in ((layer.self_attn.q_proj, 4), (layer.self_attn.k_proj, 2)):
+            projection.weight.copy_(interleave(projection.weight, heads))
+    write_model(moved, path, "kuiper")
+    ids = trained().encode(PROMPTS[0])
+    answers: list[list[int]] = []
+    for order in ("interleaved", "auto"):
+        with LLM(str(path), rotary_order=order, **FLOATS) as llm:
+            answers.append(llm.generate([ids], GREEDY)[0].outputs[0].token_ids)
+    logits = peer(torch.tensor([ids + answers[0]])).logits[0]
+    assert answers[0] == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+    assert answers[1] != answers[0]
+
+
+def test_a_file_smaller_than_int8_says_so_once_on_a_terminal_as_it_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(random_llama(vocab_size=SIZE), tmp_path / "[model].gguf", matrices="Q4_0")
+    for terminal in (False, True):
+        monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+        LLM(str(path)).close()
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("[model].gguf: 0.1 MB of weights in the file (Q4_0) take") == terminal
+        assert terminal or err == ""
 
 
 def test_run_fit_and_quantize_take_the_file(

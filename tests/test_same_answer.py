@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from roofline import LLM, SamplingParams
-from roofline.llm import RequestOutput
+from roofline.doors.outputs import RequestOutput
 from tests.prompts import PROMPTS
 
 TEXT = " ".join(PROMPTS)  # over 128 tokens

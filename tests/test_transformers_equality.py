@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from roofline import LLM, SamplingParams
 from roofline.config import EngineConfig
-from roofline.llm import RequestOutput
+from roofline.doors.outputs import RequestOutput
 from roofline.models.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from tests.prompts import PROMPTS
 from tests.whole_model import WholeModel

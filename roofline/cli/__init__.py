@@ -58,15 +58,23 @@ _bench = App(name="bench", help="Measure speed.")
 
 for _name, _help in {
     "run": "Answer a prompt, and say on stderr how close that came to the roofline.",
+    "chat": "Talk with a model at a terminal, or one message a line through a pipe.",
+    "serve": "Serve a model over HTTP, as OpenAI's API.",
     "ppl": "Measure perplexity on a text file.",
     "fit": "Say what a model takes on every rank, what fits and how fast it could be.",
     "quantize": "Write a model as group-wise INT8 safetensors.",
+    "pull": "Fetch a model, or what is new of it.",
+    "ls": "List the models that have been fetched.",
+    "show": "Say what a model is, without reading its weights.",
+    "rm": "Remove a model that was fetched.",
     "doctor": "Look this machine over and say what is wrong.",
 }.items():
     app.command(f"roofline.cli.{_name}:{_name}", name=_name, help=_help)
-_bench.command(
-    "roofline.cli.bench:latency", name="latency", help="Time batches of one size, start to end."
-)
+for _name, _help in {
+    "latency": "Time batches of one size, start to end.",
+    "throughput": "Time many prompts given at once, random or from a file.",
+}.items():
+    _bench.command(f"roofline.cli.bench:{_name}", name=_name, help=_help)
 app.command(_bench)
 
 

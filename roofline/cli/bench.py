@@ -1,23 +1,37 @@
-"""`roofline bench`: timed runs on random tokens. The last line is always one JSON document."""
+"""`roofline bench`: timed runs, on random tokens or on a file of prompts.
+
+The last line is always one JSON document.
+"""
 
 import os
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from cyclopts import Parameter
 
 import roofline  # the public door: what it names loads on use, torch with it
-from roofline.cli import figures, options, output
+from roofline.cli import dataset, figures, options, output
 from roofline.config import EngineConfig
 from roofline.errors import UsageError
 from roofline.request import SamplingParams
 
+_Measured = TypeVar("_Measured")
+_NO_CACHE = {"enable_prefix_caching": False}  # every round of a dataset asks the same
 
-@options.accepts(options.engine_options({"max_num_seqs": "batch size"}))
+Iterations = Annotated[int, Parameter(help="rounds timed")]
+WarmUps = Annotated[int, Parameter(help="rounds before them")]
+
+
+@options.accepts(
+    options.engine_options(
+        {"max_num_seqs": "batch size"}, without=("chat_template", "generation_config")
+    )
+)
 def latency(
     model: options.Model,
     /,
@@ -25,8 +39,8 @@ def latency(
     input_len: Annotated[int, Parameter(help="tokens of each prompt, at random")] = 32,
     output_len: Annotated[int, Parameter(help="tokens of each answer")] = 128,
     batch_size: Annotated[int, Parameter(help="prompts at once")] = 1,
-    num_iters: Annotated[int, Parameter(help="batches timed")] = 5,
-    num_iters_warmup: Annotated[int, Parameter(help="batches before them")] = 1,
+    num_iters: Iterations = 5,
+    num_iters_warmup: WarmUps = 1,
     json: options.Json = False,
     **given: Any,
 ) -> None:
@@ -40,14 +54,8 @@ def latency(
     started = time.monotonic()
     with roofline.LLM.from_config(model, config) as llm:
         load_s = time.monotonic() - started
-        if input_len + output_len > llm.max_model_len:
-            raise UsageError(
-                f"input_len {input_len} and output_len {output_len} are more than the context of "
-                f"{llm.max_model_len} tokens"
-            )
-        with output.progress() as bar:
-            batches = bar.track(range(num_iters_warmup + num_iters), description="Timing")
-            runs = [_Run.of(llm, **sizes, seed=batch) for batch in batches][num_iters_warmup:]
+        _check_context(llm, "input_len", input_len, output_len)
+        runs = _timed(lambda seed: _Run.of(llm, **sizes, seed=seed), **counts)
     report = {
         "model": model,
         **sizes,
@@ -56,10 +64,55 @@ def latency(
         **_medians(runs, batch_size * output_len),
         **_typical(runs).report(figures.bandwidth_gb_s(), batch_size),
     }
-    if not json:
-        for name, value in report.items():
-            print(f"{name:20}  {value:.4g}" if isinstance(value, float) else f"{name:20}  {value}")
-    output.print_json(report)
+    _print(report, json)
+
+
+@options.accepts(options.engine_options(_NO_CACHE))
+def throughput(
+    model: options.Model,
+    /,
+    *,
+    dataset_path: Annotated[
+        str | None, Parameter(name="--dataset", help="a .jsonl file of prompts, messages or turns")
+    ] = None,
+    input_len: Annotated[
+        int | None, Parameter(help="tokens of each prompt, at random; default without dataset: 32")
+    ] = None,
+    output_len: Annotated[int, Parameter(help="tokens of each answer")] = 128,
+    num_prompts: Annotated[int, Parameter(help="prompts of a round; of a dataset its first")] = 32,
+    num_iters: Iterations = 3,
+    num_iters_warmup: WarmUps = 1,
+    json: options.Json = False,
+    **given: Any,
+) -> None:
+    """Time many prompts given at once; the last line is one JSON document of all rounds together.
+
+    Its names are those of `vllm bench`.
+    """
+    sizes = {"output_len": output_len, "num_prompts": num_prompts}
+    counts = {"num_iters": num_iters, "num_iters_warmup": num_iters_warmup}
+    if dataset_path is not None and input_len is not None:
+        raise UsageError("input_len does nothing with a dataset; drop one")
+    length = 32 if input_len is None else input_len
+    _check(sizes | counts | {"input_len": length})
+    asked = None if dataset_path is None else dataset.read(dataset_path, num_prompts)
+    config = EngineConfig.from_options(given, os.environ, _NO_CACHE)
+    started = time.monotonic()
+    with roofline.LLM.from_config(model, config) as llm:
+        load_s = time.monotonic() - started
+        prompts = None if asked is None else dataset.encode(asked, llm.get_tokenizer())
+        longest = length if prompts is None else max(map(len, prompts))
+        _check_context(
+            llm, "input_len" if prompts is None else "the longest prompt", longest, output_len
+        )
+        rounds = _timed(
+            lambda seed: _Round.of(
+                llm, prompts or _random_prompts(llm, num_prompts, length, seed), output_len
+            ),
+            **counts,
+        )
+    source = {"model": model, "dataset": dataset_path, "input_len": None if asked else length}
+    _print(source | sizes | counts | {"load_s": load_s} | _summary(rounds), json)
 
 
 @dataclass(frozen=True)
@@ -75,15 +128,50 @@ class _Run:
         cls, llm: "roofline.LLM", input_len: int, output_len: int, batch_size: int, seed: int
     ) -> "_Run":
         """Answer random prompts, each batch its own: nothing is found in the prefix cache."""
-        params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
-        choose = random.Random(seed).choices
-        tokens = range(llm.model_config.vocab_size)
-        prompts = [choose(tokens, k=input_len) for _ in range(batch_size)]
+        prompts = _random_prompts(llm, batch_size, input_len, seed)
         submitted = time.monotonic()
-        outputs = llm.generate(prompts, params)
+        outputs = llm.generate(prompts, _exactly(output_len))
         latency_s = time.monotonic() - submitted
         firsts = [(o.metrics.first_token_time or submitted) - submitted for o in outputs]
         return cls(latency_s, statistics.median(firsts), figures.Decoding.of(llm, outputs))
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Many prompts given at once, timed."""
+
+    duration_s: float
+    num_steps: int
+    bytes_read: float
+    outputs: "list[roofline.RequestOutput]"
+
+    @classmethod
+    def of(cls, llm: "roofline.LLM", prompts: Sequence[Sequence[int]], output_len: int) -> "_Round":
+        """Answer prompts."""
+        steps = llm.stats()["num_steps"]
+        submitted = time.monotonic()
+        outputs = llm.generate(prompts, _exactly(output_len))
+        duration_s = time.monotonic() - submitted
+        steps = llm.stats()["num_steps"] - steps
+        return cls(duration_s, steps, figures.bytes_read(llm, outputs, steps), outputs)
+
+
+def _exactly(output_len: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+
+
+def _random_prompts(llm: "roofline.LLM", count: int, length: int, seed: int) -> list[list[int]]:
+    choose, tokens = random.Random(seed).choices, range(llm.model_config.vocab_size)
+    return [choose(tokens, k=length) for _ in range(count)]
+
+
+def _timed(
+    measure: Callable[[int], _Measured], num_iters: int, num_iters_warmup: int
+) -> list[_Measured]:
+    """Measure round by round, each with a seed of its own; the first do not count."""
+    with output.progress() as bar:
+        rounds = bar.track(range(num_iters_warmup + num_iters), description="Timing")
+        return [measure(seed) for seed in rounds][num_iters_warmup:]
 
 
 def _defaults(batch_size: int) -> dict[str, int]:
@@ -97,6 +185,21 @@ def _check(counts: dict[str, int]) -> None:
         least = 0 if name == "num_iters_warmup" else 1
         if value < least:
             raise UsageError(f"{name} is {value}; it must be at least {least}")
+
+
+def _check_context(llm: "roofline.LLM", name: str, input_len: int, output_len: int) -> None:
+    if input_len + output_len > llm.max_model_len:
+        raise UsageError(
+            f"{name} {input_len} and output_len {output_len} are more than the context of "
+            f"{llm.max_model_len} tokens"
+        )
+
+
+def _print(report: Mapping[str, Any], json: bool) -> None:
+    if not json:
+        for name, value in report.items():
+            print(f"{name:22}  {value:.4g}" if isinstance(value, float) else f"{name:22}  {value}")
+    output.print_json(report)
 
 
 def _medians(runs: Sequence[_Run], tokens: int) -> dict[str, float]:
@@ -113,3 +216,43 @@ def _typical(runs: Sequence[_Run]) -> figures.Decoding:
     rates = [r.decoding.tokens_per_s for r in runs if r.decoding.tokens_per_s is not None]
     rate = statistics.median(rates) if rates else None
     return figures.Decoding(rate, runs[0].decoding.bytes_per_token)
+
+
+def _summary(rounds: Sequence[_Round]) -> dict[str, Any]:
+    """All rounds as if they were one."""
+    outputs = [output for each in rounds for output in each.outputs]
+    duration_s = sum(each.duration_s for each in rounds)
+    read = sum(len(output.prompt_token_ids) for output in outputs)
+    written = sum(len(output.outputs[0].token_ids) for output in outputs)
+    bandwidth, bytes_read = figures.bandwidth_gb_s(), sum(each.bytes_read for each in rounds)
+    return {
+        "duration": duration_s,
+        "completed": len(outputs),
+        "total_input_tokens": read,
+        "total_output_tokens": written,
+        "request_throughput": len(outputs) / duration_s,
+        "output_throughput": written / duration_s,
+        "total_token_throughput": (read + written) / duration_s,
+        **_percentiles("ttft", [figures.ttft_s(output) for output in outputs]),
+        **_percentiles("tpot", [figures.tpot_s(output) for output in outputs]),
+        **_percentiles("e2el", [figures.latency_s(output) for output in outputs]),
+        "num_steps": sum(each.num_steps for each in rounds),
+        "bytes_read": bytes_read,
+        "bandwidth_gb_s": bandwidth,
+        "roofline_fraction": bytes_read / duration_s / (bandwidth * 1e9),
+    }
+
+
+def _percentiles(name: str, seconds: Sequence[float | None]) -> dict[str, float | None]:
+    """Of those requests that have the figure; None if none has."""
+    known = np.array([value for value in seconds if value is not None]) * 1e3
+    found = {
+        "mean": np.mean,
+        "median": np.median,
+        "std": np.std,
+        "p90": lambda values: np.percentile(values, 90),
+        "p99": lambda values: np.percentile(values, 99),
+    }
+    return {
+        f"{kind}_{name}_ms": float(of(known)) if known.size else None for kind, of in found.items()
+    }

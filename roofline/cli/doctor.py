@@ -81,7 +81,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    folder = models.hub.cache_folder()
+    folder = models.builtin.cache_folder()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     found = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     return {"cache_folder": str(folder), "cached_files": found}
@@ -110,7 +110,7 @@ def _problems(facts: Mapping[str, Any]) -> Iterator[str]:
     folder = facts["cache_folder"]
     if not _is_writable(Path(folder)):
         yield f"{folder} cannot be written; set ROOFLINE_CACHE to a folder that can"
-    for model in models.hub.BUILTIN_MODELS.values():
+    for model in models.builtin.BUILTIN_MODELS.values():
         size = facts["cached_files"].get(f"models/{model.name}.gguf", model.size_bytes)
         if size != model.size_bytes:
             yield f"the cached {model.name} has {size} bytes, not {model.size_bytes}; delete it"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from roofline.cli import doctor, figures
-from roofline.models import hub
+from roofline.models import builtin
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_what_is_wrong_with_variables_is_told(
 def test_a_damaged_model_in_the_cache_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = next(iter(hub.BUILTIN_MODELS))
+    name = next(iter(builtin.BUILTIN_MODELS))
     folder = tmp_path / "cache" / "models"
     folder.mkdir(parents=True)
     (folder / f"{name}.gguf").write_bytes(b"half")

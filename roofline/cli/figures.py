@@ -47,7 +47,19 @@ class Decoding:
 
 def bandwidth_gb_s(*, anew: bool = False) -> float:
     """Read bandwidth of this host at torch's number of threads, 1e9 bytes/s; measured once."""
-    return execution.bandwidth.read(models.hub.cache_folder() / "bandwidth.json", anew=anew)
+    return execution.bandwidth.read(models.builtin.cache_folder() / "bandwidth.json", anew=anew)
+
+
+def bytes_read(
+    llm: "roofline.LLM", outputs: Sequence["roofline.RequestOutput"], num_steps: int
+) -> float:
+    """What answering had to read at least: all weights each step, for each token its context."""
+    kv_tokens = sum(
+        len(o.outputs[0].token_ids) * (len(o.prompt_token_ids) + len(o.outputs[0].token_ids) / 2)
+        for o in outputs
+    )
+    weights = num_steps * budget.step_read_bytes(llm.budget.model, budget.Rank())
+    return weights + kv_tokens * budget.kv_token_bytes(llm.model_config, llm.config.dtype)
 
 
 def one_line(report: Mapping[str, Any]) -> str:
@@ -63,9 +75,27 @@ def one_line(report: Mapping[str, Any]) -> str:
     )
 
 
-def _tokens_per_s(output: "roofline.RequestOutput") -> float | None:
+def ttft_s(output: "roofline.RequestOutput") -> float | None:
+    """From a request's arrival to its first token."""
+    first = output.metrics.first_token_time
+    return None if first is None else first - output.metrics.arrival_time
+
+
+def tpot_s(output: "roofline.RequestOutput") -> float | None:
+    """From token to token after the first; None below 2 tokens."""
     first, last = output.metrics.first_token_time, output.metrics.last_token_time
     steps = len(output.outputs[0].token_ids) - 1
-    if steps < 1 or first is None or last is None or last <= first:
+    if steps < 1 or first is None or last is None:
         return None
-    return steps / (last - first)
+    return (last - first) / steps
+
+
+def latency_s(output: "roofline.RequestOutput") -> float | None:
+    """From a request's arrival to its last token."""
+    last = output.metrics.last_token_time
+    return None if last is None else last - output.metrics.arrival_time
+
+
+def _tokens_per_s(output: "roofline.RequestOutput") -> float | None:
+    seconds = tpot_s(output)
+    return 1 / seconds if seconds else None

@@ -4,7 +4,7 @@ import pytest
 
 from roofline import CompletionOutput, RequestOutput
 from roofline.cli.figures import Decoding, one_line
-from roofline.llm import RequestMetrics
+from roofline.doors.outputs import RequestMetrics
 
 ANSWER = {"prompt_tokens": 7, "ttft_s": 0.25}
 

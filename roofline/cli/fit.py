@@ -34,6 +34,7 @@ from roofline.errors import UsageError
 
 _DEFAULTS = {"max_num_seqs": 1}
 _SIZING = (  # options that change a size
+    "revision",
     "quantization",
     "group_size",
     "dtype",
@@ -60,7 +61,8 @@ def fit(
     model: Annotated[
         str,
         Parameter(
-            help="a .gguf file, a safetensors folder, a built-in name, or a shape like llama-3.1-8b"
+            help="a .gguf file, a safetensors folder, a built-in name, org/repo[:QUANT] on "
+            "Hugging Face, or a shape like llama-3.1-8b"
         ),
     ],
     /,
@@ -82,7 +84,8 @@ def fit(
     parallel = ParallelConfig(**{name: chosen.pop(name) for name in names if name in chosen})
     if memory is not None and chosen.get("kv_cache_memory_bytes") is not None:
         raise UsageError("--memory says what KV pool fits; drop --kv-cache-memory-bytes")
-    plan = Plan.of(*models.opening.describe(model), EngineConfig.from_options(chosen, {}), parallel)
+    config = EngineConfig.from_options(chosen, {})
+    plan = Plan.of(*models.opening.describe(model, config.revision), config, parallel)
     report = {
         "model": model,
         **plan.report(),

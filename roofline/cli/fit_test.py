@@ -53,6 +53,15 @@ def test_fit_is_byte_for_byte_the_engines_storages(
     assert_equals_the_engine(capsys, str(model), "auto", **options)
 
 
+def test_fit_takes_the_sizes_of_a_file_of_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "serving.json"
+    path.write_text('{"max_num_seqs": 5, "tensor_parallel_size": 2, "temperature": 0.7}')
+    found = fit_json(capsys, "llama-110m", config=str(path))
+    assert found == fit_json(capsys, "llama-110m", max_num_seqs=5, tensor_parallel_size=2)
+
+
 def test_fit_is_byte_for_byte_a_dummy_llama_110m(capsys: pytest.CaptureFixture[str]) -> None:
     assert_equals_the_engine(capsys, "llama-110m", "dummy", max_num_seqs=4)
 

@@ -1,27 +1,42 @@
 """Command-line options made from dataclasses: a field is described once, where it is checked.
 
 A command takes `**options` and receives those that were given, as values of their types. Nothing
-is checked here and no default is filled in: the dataclass does both, for every door alike.
+is checked here and no default is filled in: the dataclass does both, for every door alike. Flags go
+before ROOFLINE_* variables, those before the file of `--config`, and that before the built-in.
 """
 
+import contextlib
 import dataclasses
+import difflib
+import functools
 import inspect
+import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
-from roofline.config import EngineConfig, parse_option
+from roofline.cli.config_file import read_config_file
+from roofline.config import EngineConfig, environment_options, parse_option
+from roofline.errors import UsageError, shown
 from roofline.request import SamplingParams
 
 Model = Annotated[
     str,
-    Parameter(help="a .gguf or .bin file, a safetensors folder, or a built-in name (smollm2-135m)"),
+    Parameter(
+        help="a .gguf or .bin file, a safetensors folder, a built-in name (smollm2-135m), "
+        "or org/repo[:QUANT] on Hugging Face"
+    ),
+]
+Revision = Annotated[
+    str | None, Parameter(help="branch, tag or commit of a Hugging Face repository; default: main")
 ]
 Json = Annotated[bool, Parameter(name="--json", help="print one JSON object")]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+TRUNCATION = {"top_k", "top_p", "min_p"}  # do nothing at temperature 0
 _SAMPLING_HELP = {  # of the fields that a command line offers
     "temperature": "0 takes the likeliest token every time; 1 samples as the model was trained",
     "top_k": "sample among this many likeliest tokens; 0 is all",
@@ -40,20 +55,33 @@ _SAMPLING_HELP = {  # of the fields that a command line offers
 
 
 def accepts(*options: Sequence[inspect.Parameter]) -> Callable[[_Command], _Command]:
-    """Spell out `**options` of a command: its names, types, defaults and help."""
+    """Spell out `**options` of a command: its names, types, defaults and help.
+
+    Those that only the file of `--config` gives arrive as if they were on the command line.
+    """
+    spelled = {parameter.name: parameter for group in options for parameter in group}
 
     def decorate(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def with_file(*own: Any, config: str | None = None, **given: Any) -> Any:
+            if config is not None:
+                given = _from_file(config, spelled, given) | given
+            return command(*own, **given)
+
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        spelled = [*own, *(parameter for group in options for parameter in group)]
-        cast("Any", command).__signature__ = signature.replace(parameters=spelled)
-        return command
+        parameters = [*own, _CONFIG, *spelled.values()]
+        cast("Any", with_file).__signature__ = signature.replace(parameters=parameters)
+        return cast("_Command", with_file)
 
     return decorate
 
 
 def engine_options(
-    defaults: Mapping[str, object] | None = None, *, only: Collection[str] | None = None
+    defaults: Mapping[str, object] | None = None,
+    *,
+    only: Collection[str] | None = None,
+    without: Collection[str] = (),
 ) -> list[inspect.Parameter]:
     """The fields of EngineConfig; `defaults` are the command's own, here for the help only."""
     hints = get_type_hints(EngineConfig)
@@ -66,7 +94,7 @@ def engine_options(
             (defaults or {}).get(field.name, field.default),
         )
         for field in dataclasses.fields(EngineConfig)
-        if only is None or field.name in only
+        if (only is None or field.name in only) and field.name not in without
     ]
 
 
@@ -85,16 +113,64 @@ def take_sampling(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in _SAMPLING_HELP if name in given}
 
 
+def settable() -> list[str]:
+    """Names of the sampling options that a chat can change."""
+    return [*_SAMPLING_HELP, "seed"]
+
+
+def parse_sampling(name: str, text: str) -> Any:
+    """What the text of a settable sampling option means; a list is JSON, or its only item."""
+    if name not in settable():
+        near = difflib.get_close_matches(name, settable(), 1)
+        advice = f"did you mean {near[0]}?" if near else f"options: {', '.join(settable())}"
+        raise UsageError(f"unknown sampling option {shown(name)}; {advice}")
+    hint = get_type_hints(SamplingParams)[name]
+    if text == "none" and type(None) in get_args(hint):
+        return None
+    item = _item_hint(hint)
+    if item is None:
+        return parse_option(hint, text)
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, (str, list)):
+            return value if isinstance(value, list) else [value]
+    return [parse_option(item, text)]
+
+
+def _from_file(name: str, spelled: Collection[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a file that the command has and that nothing before the file gives.
+
+    As with variables, one file serves several commands: each takes what it has.
+    """
+    found = read_config_file(name, _SAMPLING_HELP)
+    above = {*given, *environment_options(os.environ)}
+    if given.get("temperature") == 0:  # asks for what the file's truncation would do nothing to
+        above |= TRUNCATION
+    return {option: found[option] for option in found if option in spelled and option not in above}
+
+
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        Parameter(
+            help="a .toml or .json file of options; flags and variables go before it",
+            metavar="FILE",
+        ),
+    ],
+)
 _SAMPLING = Group("Sampling", sort_key=1)
 _ENGINE = Group("Engine", help="Each is read from the environment too.", sort_key=2)
 
 
 def _option(name: str, hint: Any, group: Group, text: str, default: object) -> inspect.Parameter:
     """A keyword that is absent unless given; the help shows what holds then."""
-    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
     kind, item, read = (bool, hint, None) if hint is bool else (str, hint, _read_one(hint))
-    if lists:
-        (item,) = get_args(lists[0])
+    items = _item_hint(hint)
+    if items is not None:
+        item = items
         kind, read = list[str], _read_all(item)
     parameter = Parameter(
         group=group,
@@ -108,6 +184,12 @@ def _option(name: str, hint: Any, group: Group, text: str, default: object) -> i
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _item_hint(hint: Any) -> Any:
+    """The type of a list's items; None for what is no list."""
+    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
+    return get_args(lists[0])[0] if lists else None
 
 
 def _read_one(hint: Any) -> Callable[[Any, Sequence[Token]], Any]:

@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,12 @@ NOT_OFFERED = {
 }
 
 VALUES = {  # option: text, value
+    "revision": ("v1.0", "v1.0"),
     "load_format": ("dummy", "dummy"),
+    "tokenizer": ("a folder/1", "a folder/1"),
+    "chat_template": ("{{ 1 }}", "{{ 1 }}"),
+    "generation_config": ("none", "none"),
+    "rotary_order": ("half-split", "half-split"),
     "group_size": ("64", 64),
     "max_model_len": ("auto", "auto"),
     "max_num_seqs": ("7", 7),
@@ -33,7 +39,11 @@ VALUES = {  # option: text, value
 }
 
 REFUSED = {
+    "revision": "",
     "load_format": "pickle",
+    "tokenizer": "",
+    "generation_config": "",
+    "rotary_order": "interleave",
     "dtype": "float16",
     "group_size": "many",
     "max_model_len": "0",
@@ -101,6 +111,54 @@ def test_command_line_goes_before_environment_before_defaults() -> None:
     assert (config.max_num_seqs, config.block_size, config.threads) == (3, 8, 1)
 
 
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    """A file of engine and sampling options, of which a command has some."""
+    path = tmp_path / "options.toml"
+    path.write_text(
+        "max-num-seqs = 4\nblock_size = 4\nthreads = 4\ndtype = 'float32'\n"
+        "temperature = 0.5\ntop_k = 4\nmax_tokens = 4\n"
+    )
+    return str(path)
+
+
+def test_flags_go_before_variables_before_the_file_before_the_built_in(
+    config_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"ROOFLINE_MAX_NUM_SEQS": "2", "ROOFLINE_BLOCK_SIZE": "2"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    given = given_on(["--config", config_file, "--max-num-seqs", "3", "--top-k", "3"])
+    sampling = SamplingParams.from_options(options.take_sampling(given))
+    assert (sampling.temperature, sampling.top_k, sampling.max_tokens) == (0.5, 3, 4)
+    config = EngineConfig.from_options(given, environ, {"threads": 1, "seed": 1})
+    assert (config.max_num_seqs, config.block_size, config.threads) == (3, 2, 4)
+    assert (config.dtype, config.seed, config.quantization) == ("float32", 1, "int8")
+
+
+def test_a_command_takes_of_a_file_what_it_has(config_file: str) -> None:
+    received: dict[str, Any] = {}
+
+    @options.accepts(options.engine_options(only=("block_size", "seed")))
+    def command(**given: Any) -> None:
+        received.update(given)
+
+    command(config=config_file, seed=1)
+    assert received == {"block_size": 4, "seed": 1}
+
+
+def test_greedy_on_the_line_leaves_out_the_files_truncation(config_file: str) -> None:
+    given = given_on(["--config", config_file, "--temperature", "0"])
+    assert options.take_sampling(given) == {"temperature": 0.0, "max_tokens": 4}
+
+
+def test_a_file_that_cannot_be_meant_is_refused_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"tensor_parallel_size": 0}')
+    with pytest.raises(UsageError, match=f"^{path}: tensor_parallel_size is 0; it must be"):
+        given_on(["--config", str(path), "--tensor-parallel-size", "1"])
+
+
 def test_every_engine_option_is_offered_with_its_default_and_variable(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,4 +212,9 @@ def test_a_command_keeps_its_own_parameters() -> None:
     @options.accepts(options.engine_options({"max_num_seqs": 1}, only=("max_num_seqs",)))
     def command(model: str, /, *, json: bool = False, **given: Any) -> None: ...
 
-    assert list(inspect.signature(command).parameters) == ["model", "json", "max_num_seqs"]
+    assert list(inspect.signature(command).parameters) == [
+        "model",
+        "json",
+        "config",
+        "max_num_seqs",
+    ]

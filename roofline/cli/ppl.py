@@ -19,7 +19,7 @@ from roofline.errors import RequestError, UsageError
 from roofline.request import SamplingParams
 
 
-@options.accepts(options.engine_options())
+@options.accepts(options.engine_options(without=("chat_template", "generation_config")))
 def ppl(
     model: options.Model,
     file: Annotated[

@@ -12,8 +12,19 @@ from roofline.cli import options, output
 from roofline.config import EngineConfig
 from roofline.models.checkpoints.tensors import tensor_shapes
 
+_OPTIONS = (  # that change what is written
+    "revision",
+    "load_format",
+    "tokenizer",
+    "chat_template",
+    "generation_config",
+    "rotary_order",
+    "group_size",
+    "seed",
+)
 
-@options.accepts(options.engine_options(only=("load_format", "group_size", "seed")))
+
+@options.accepts(options.engine_options(only=_OPTIONS))
 def quantize(
     model: options.Model,
     out: Annotated[str, Parameter(help="the folder to make; there must be nothing of that name")],
@@ -24,7 +35,7 @@ def quantize(
 ) -> None:
     """Write a model as group-wise INT8 safetensors; the folder appears when it is whole."""
     config = EngineConfig.from_options(given, os.environ)
-    opened = models.opening.open_model(model, config.load_format, config.seed)
+    opened = models.opening.open_model(model, config)
     try:
         total = len(tensor_shapes(opened.checkpoint.config))
         with output.progress() as bar:
@@ -35,9 +46,7 @@ def quantize(
 
             # Not at the top: it imports torch, which --help does without.
             writer = importlib.import_module("roofline.models.checkpoints.quantized")
-            writer.write_quantized(
-                opened.checkpoint, opened.tokenizer, Path(out), config.weights, advance
-            )
+            writer.write_quantized(opened, Path(out), config.weights, advance)
     finally:
         opened.checkpoint.close()
     size = sum(path.stat().st_size for path in Path(out).iterdir())

@@ -6,7 +6,9 @@ import pytest
 
 from roofline import LLM, SamplingParams
 from roofline.cli.quantize import quantize
+from roofline.config import EngineConfig
 from roofline.errors import CapacityError, UnsupportedError, UsageError
+from roofline.models.opening import open_model
 from tests.tiny_model import write_tiny_model
 
 
@@ -30,6 +32,24 @@ def test_what_is_written_answers_as_what_is_quantised_at_load(
         with LLM(source, max_num_seqs=1, group_size=asked) as llm:
             answers.append(llm.generate(["Hello"], params)[0].outputs)
     assert answers[0] == answers[1]
+
+
+def test_what_was_asked_for_beside_the_weights_is_written_too(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generation = tmp_path / "generation.json"
+    generation.write_text('{"do_sample": false, "max_new_tokens": 7, "eos_token_id": [3, 5]}')
+    out = str(tmp_path / "out")
+    options = {"chat_template": "own {{ messages[0].content }}"}
+    quantize(model, out, json=True, generation_config=str(generation), **options)
+    opened = open_model(out, EngineConfig())
+    assert opened.sampling_defaults == {"temperature": 0.0, "max_tokens": 7}
+    assert {3, 5} < set(opened.config.eos_token_ids)
+    assert opened.tokenizer is not None
+    assert opened.tokenizer.render_chat([{"role": "user", "content": "x"}]) == "own x"
+    opened.checkpoint.close()
+    quantize(model, str(tmp_path / "plain"), json=True)
+    assert not (tmp_path / "plain" / "generation_config.json").exists()
 
 
 def test_a_person_is_told_where_and_how_much(

@@ -60,7 +60,7 @@ def run(
 def _sampling_params(given: Mapping[str, Any]) -> SamplingParams:
     """Check sampling options; those that would do nothing are refused."""
     params = SamplingParams.from_options({**_SAMPLING, **given})
-    for name in ("top_k", "top_p", "min_p"):
+    for name in sorted(options.TRUNCATION):
         if name in given and params.temperature == 0:
             raise UsageError(f"{name} does nothing at temperature 0; add --temperature 1")
     return params
@@ -95,7 +95,7 @@ def _answer(
 ) -> "roofline.RequestOutput":
     """Generate, showing text as it comes; a step without new text shows nothing."""
     shown = 0
-    for answer in llm.stream(ids, sampling):
+    for answer in llm.generate(ids, sampling, stream=True):
         if show:
             text = answer.outputs[0].text
             print(text[shown:], end="", flush=True)

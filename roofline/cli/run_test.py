@@ -82,6 +82,22 @@ def test_text_streams_to_stdout_and_figures_are_one_line_on_stderr(
     assert err.count("\n") == 1 and "prompt tokens" in err and "of the roofline" in err
 
 
+def test_a_file_of_options_is_read_below_the_command_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "options.toml"
+    path.write_text("temperature = 1.0\ntop_k = 3\nseed = 7\nmax_tokens = 9\nignore-eos = true")
+    report = run_json(capsys, model, "Hello", config=str(path))
+    spelled = {"temperature": 1.0, "top_k": 3, "seed": 7, "max_tokens": 9, "ignore_eos": True}
+    assert report["token_ids"] == run_json(capsys, model, "Hello", **spelled)["token_ids"]
+    assert len(report["token_ids"]) == 9
+    greedy = run_json(capsys, model, "Hello", config=str(path), temperature=0.0, max_tokens=3)
+    assert greedy["token_ids"] == run_json(capsys, model, "Hello", max_tokens=3)["token_ids"]
+    path.write_text("top_k = 3")
+    with pytest.raises(UsageError, match="top_k does nothing at temperature 0"):
+        run(model, "Hello", config=str(path))
+
+
 def test_one_token_has_no_speed(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json(capsys, model, "Hello", max_tokens=1)
     assert report["decode_tokens_per_s"] is None

@@ -10,7 +10,9 @@ from roofline.config.engine import (
     GROUP_SIZES,
     EngineConfig,
     WeightFormat,
+    check_option,
     environment_options,
+    option_path,
     parse_option,
 )
 from roofline.config.model import PRESETS, ModelConfig, RopeScaling
@@ -27,6 +29,8 @@ __all__ = [
     "ParallelConfig",
     "RopeScaling",
     "WeightFormat",
+    "check_option",
     "environment_options",
+    "option_path",
     "parse_option",
 ]

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from roofline.config.parallel import ParallelConfig
@@ -45,8 +46,25 @@ def _option(default: Any, text: str, low: float | None = None, high: float | Non
 class EngineConfig:
     """How to load and run a model: one schema for Python, command line and ROOFLINE_* options."""
 
+    revision: str | None = _option(
+        None, "branch, tag or commit of a Hugging Face repository; default: main"
+    )
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "'dummy' makes seeded random weights of the model's shape, for any config or preset"
+    )
+    tokenizer: str | None = _option(
+        None, "a folder, tokenizer.json, tokenizer.bin or .gguf, in place of the model's own"
+    )
+    chat_template: str | None = _option(
+        None,
+        "a Jinja file, a JSON file with one, or its own text, in place of the model's own",
+    )
+    generation_config: str = _option(
+        "auto",
+        "a file or folder of EOS ids and sampling defaults; auto is the model's own; or none",
+    )
+    rotary_order: Literal["auto", "interleaved", "half-split"] = _option(
+        "auto", "of the rows of Q and K in a .bin file, which does not say"
     )
     quantization: Literal["int8", "none"] = _option(
         "int8", "'none' keeps weights as floats of --dtype"
@@ -57,6 +75,9 @@ class EngineConfig:
         "auto keeps the groups of a file that is already INT8, else 128",
     )
     dtype: Literal["bfloat16", "float32"] = _option("bfloat16", "of activations and KV cache")
+    activations: Literal["float", "int8"] = _option(
+        "float", "int8 rounds what INT8 weights are multiplied by, too: faster, less exact"
+    )
     max_model_len: Literal["auto"] | int = _option(
         "auto", "context in tokens; auto is the model's own, or the largest that fits", 1, 1 << 27
     )
@@ -91,9 +112,8 @@ class EngineConfig:
     seed: int = _option(0, "of dummy weights and of requests that bring no seed", 0, (1 << 64) - 1)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(EngineConfig)
         for field in dataclasses.fields(self):
-            _check_option(field.name, field, hints[field.name], getattr(self, field.name))
+            check_option(field.name, getattr(self, field.name))
         group = self.group_size
         if type(group) is int and group not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
@@ -152,7 +172,7 @@ def environment_options(environ: Mapping[str, str]) -> dict[str, Any]:
         variable = f"ROOFLINE_{field.name.upper()}"
         if variable in environ:
             value = parse_option(hints[field.name], environ[variable])
-            _check_option(variable, field, hints[field.name], value)
+            check_option(field.name, value, variable)
             found[field.name] = value
     return found
 
@@ -171,6 +191,44 @@ def parse_option(hint: Any, text: str) -> Any:
     return text
 
 
+def check_option(name: str, value: Any, source: str | None = None) -> None:
+    """Refuse a value that an option cannot have; `source` is what a message calls it."""
+    hint = get_type_hints(EngineConfig)[name]
+    choices, kinds = _choices(hint), [m for m in _members(hint) if isinstance(m, type)]
+    if value in choices or (value is None and type(None) in kinds):
+        return
+    if (bool in kinds and type(value) is bool) or (str in kinds and type(value) is str and value):
+        return
+    numeric = (int in kinds and type(value) is int) or (
+        float in kinds and type(value) in (int, float)
+    )
+    metadata = EngineConfig.__dataclass_fields__[name].metadata
+    low, high = metadata["low"], metadata["high"]
+    if numeric and (low is None or low <= value <= high):  # NaN compares false
+        return
+    wanted = [repr(c) for c in choices]
+    if int in kinds or float in kinds:
+        kind = "an integer" if int in kinds else "a number"
+        wanted.append(kind if low is None else f"{kind} from {low} to {high}")
+    if bool in kinds:
+        wanted.append("true or false")
+    if str in kinds:
+        wanted.append("a text of at least one character")
+    raise UsageError(f"{source or name} is {shown(value)}; it must be {' or '.join(wanted)}")
+
+
+def option_path(option: str, value: str, wanted: str) -> Path:
+    """The path that an option names, of something that exists; else a UsageError says `wanted`."""
+    path = Path(value)
+    try:
+        if path.exists():
+            return path
+        fault = "no such file or folder"
+    except OSError as error:  # a name too long, a folder that may not be entered
+        fault = f"cannot be read: {error.strerror}"
+    raise UsageError(f"{option} {shown(value)}: {fault}; give {wanted}")
+
+
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -186,25 +244,3 @@ def _is_typing_union(hint: Any) -> bool:
 
 def _choices(hint: Any) -> tuple[Any, ...]:
     return tuple(c for m in _members(hint) if get_origin(m) is Literal for c in get_args(m))
-
-
-def _check_option(name: str, field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
-    """Refuse a value that is neither one of the choices nor a number within the bounds."""
-    choices, kinds = _choices(hint), [m for m in _members(hint) if isinstance(m, type)]
-    if value in choices or (value is None and type(None) in kinds):
-        return
-    if bool in kinds and type(value) is bool:
-        return
-    numeric = (int in kinds and type(value) is int) or (
-        float in kinds and type(value) in (int, float)
-    )
-    low, high = field.metadata["low"], field.metadata["high"]
-    if numeric and (low is None or low <= value <= high):  # NaN compares false
-        return
-    wanted = [repr(c) for c in choices]
-    if int in kinds or float in kinds:
-        kind = "an integer" if int in kinds else "a number"
-        wanted.append(kind if low is None else f"{kind} from {low} to {high}")
-    if bool in kinds:
-        wanted.append("true or false")
-    raise UsageError(f"{name} is {shown(value)}; it must be {' or '.join(wanted)}")

@@ -72,7 +72,7 @@ def test_an_option_that_cannot_be_meant_says_what_can(
 def test_unknown_option_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"'max_num_seq'; did you mean 'max_num_seqs'\?"):
         EngineConfig.from_options({"max_num_seq": 1}, {})
-    with pytest.raises(UsageError, match="unknown option 'zzz'; options: load_format, "):
+    with pytest.raises(UsageError, match=r"unknown option 'zzz'; options: .*load_format, "):
         EngineConfig.from_options({"zzz": 1}, {})
 
 

@@ -41,7 +41,7 @@ class ModelRunner:
             self._decoder.forward(self._ops, inputs, self._kv_pool, buffers)
         else:
             self._replay_forward()
-        tokens, logprobs = self._sample(entries, buffers)
+        tokens, logprobs = self._sample(plan, entries, buffers)
         asked = [entry for entry in entries if self._prompt_logprobs(entry.row) != NONE]
         return StepResult(
             counts=plan.samples,
@@ -71,7 +71,7 @@ class ModelRunner:
         return Buffers(*(arena[name][:tokens] for name in names), rope=arena["rope"])
 
     def _sample(
-        self, entries: list[Entry], buffers: Buffers
+        self, plan: StepPlan, entries: list[Entry], buffers: Buffers
     ) -> tuple[dict[int, int], dict[int, list[TokenLogprobs]]]:
         """One token for every entry that asks, kept for the row's next step; and its logprobs."""
         tokens: dict[int, int] = {}
@@ -84,7 +84,9 @@ class ModelRunner:
             sampler = self._sampler(entry.row)
             count = sampler.params.logprobs
             raw = row_logits.clone() if count != NONE else row_logits
-            token = sampler.sample(row_logits, entry.position + entry.count)
+            slot = plan.masks[entry.index]
+            mask = None if slot == NONE else plan.mask_bits[slot]
+            token = sampler.sample(row_logits, entry.position + entry.count, mask)
             tokens[entry.index] = token
             self._arena["last_token"][entry.row] = token
             if count != NONE:

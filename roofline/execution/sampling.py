@@ -23,22 +23,29 @@ class RowSampler:
         self.params = start
         self.history = list(start.history)  # prompt and output, where the plan says they are needed
 
-    def sample(self, logits: Tensor, position: int) -> int:
-        """The token at `position` from logits [V] float32, which are overwritten."""
-        token = self._choose(logits, position)
+    def sample(self, logits: Tensor, position: int, mask: bytes | None = None) -> int:
+        """The token at `position` from logits [V] float32, which are overwritten.
+
+        Bit i % 8 of byte i // 8 of a mask says whether it may be token i.
+        """
+        token = self._choose(logits, position, mask)
         if self.history:
             self.history.append(token)
         return token
 
-    def _choose(self, logits: Tensor, position: int) -> int:
+    def _choose(self, logits: Tensor, position: int, mask: bytes | None) -> int:
         params = self.params
-        _restrict(logits, params)
+        _keep_allowed(logits, params, mask)
+        if params.logit_bias:
+            tokens, biases = zip(*params.logit_bias, strict=True)
+            logits[list(tokens)] += torch.tensor(biases)
         unmasked = logits.clone() if params.stop_ids or params.bad_words else logits
         _forbid(logits, params, self.history, position)
         if logits.max() == -torch.inf:  # nothing is left: what must come beats what may not
             logits = unmasked
         if logits.max() == -torch.inf:  # the model itself rules out all that is allowed
-            return min(params.allowed_token_ids, default=0)
+            _keep_allowed(logits.zero_(), params, mask)
+            return lowest_argmax(logits)
         _penalize(logits, params, self.history)
         if params.temperature == 0:
             return lowest_argmax(logits)
@@ -97,16 +104,17 @@ def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, chosen, rank, top)
 
 
-def _restrict(logits: Tensor, params: RowStart) -> None:
-    """Leave only the tokens allowed, and add the biases asked for."""
+def _keep_allowed(logits: Tensor, params: RowStart, mask: bytes | None) -> None:
+    """Leave only the tokens that the mask and the request allow."""
+    if mask is not None:
+        bits = np.frombuffer(mask, dtype=np.uint8)
+        out = np.unpackbits(bits, count=len(logits), bitorder="little") == 0
+        logits.masked_fill_(torch.from_numpy(out), -torch.inf)
     if params.allowed_token_ids:
         allowed = torch.tensor(params.allowed_token_ids)
         kept = logits[allowed]
         logits.fill_(-torch.inf)
         logits[allowed] = kept
-    if params.logit_bias:
-        tokens, biases = zip(*params.logit_bias, strict=True)
-        logits[list(tokens)] += torch.tensor(biases)
 
 
 def _forbid(logits: Tensor, params: RowStart, history: Sequence[int], position: int) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import time
 from collections import Counter
@@ -126,12 +127,12 @@ random_params = st.fixed_dictionaries(
 )
 
 
-def vllm_scores(logits: list[float], start: RowStart) -> list[float]:
+def vllm_scores(logits: list[float], start: RowStart, allowed: set[int]) -> list[float]:
     """Logits after all that vLLM documents, one token at a time: softmax of these is drawn from."""
     output = start.history[start.num_prompt :]
     scores = dict(enumerate(logits))
     for v in scores:
-        if start.allowed_token_ids and v not in start.allowed_token_ids:
+        if v not in allowed:
             scores[v] = -math.inf
         scores[v] += dict(start.logit_bias).get(v, 0.0)
     forbidden = set(start.stop_ids if len(output) < start.min_tokens else ())
@@ -173,16 +174,28 @@ def vllm_scores(logits: list[float], start: RowStart) -> list[float]:
 
 
 @settings(deadline=None)
-@given(st.lists(numbers, min_size=VOCABULARY, max_size=VOCABULARY), random_params)
-def test_any_parameters_choose_as_documented(logits: list[float], params: dict[str, Any]) -> None:
+@given(
+    st.lists(numbers, min_size=VOCABULARY, max_size=VOCABULARY),
+    random_params,
+    st.none() | st.integers(1, 2**VOCABULARY - 1),
+)
+def test_any_parameters_choose_as_documented(
+    logits: list[float], params: dict[str, Any], bits: int | None
+) -> None:
     start = RowStart(row=0, **params)
     position = len(start.history)
-    token = RowSampler(start).sample(torch.tensor(logits), position)
-    if start.allowed_token_ids:
-        assert token in start.allowed_token_ids
-    scores = vllm_scores(logits, start)
+    allowed = set(start.allowed_token_ids or range(VOCABULARY))
+    mask = None
+    if bits is not None:
+        masked = {token for token in range(VOCABULARY) if bits >> token & 1}
+        allowed = allowed & masked or masked  # a mask never leaves nothing of what is allowed
+        start = dataclasses.replace(start, allowed_token_ids=tuple(sorted(allowed)))
+        mask = bits.to_bytes(8, "little")
+    token = RowSampler(start).sample(torch.tensor(logits), position, mask)
+    assert token in allowed
+    scores = vllm_scores(logits, start, allowed)
     if max(scores) == -math.inf:
-        assert token == min(start.allowed_token_ids, default=0)
+        assert token == min(allowed)
         return
     if start.temperature:
         noise = gumbel(start.seed, position, np.arange(VOCABULARY)).tolist()
@@ -227,6 +240,29 @@ def test_masks_that_leave_nothing_yield_to_the_allowed_tokens(temperature: float
     assert choose(allowed_token_ids=(1,), bad_words=((1,),)) == 1
     assert choose(allowed_token_ids=(4, 3)) == 3  # the model rules out both
     assert choose(allowed_token_ids=(4, 3), stop_ids=(3,), min_tokens=5) == 3
+
+
+def test_a_mask_yields_neither_to_min_tokens_nor_to_bad_words_nor_to_bias() -> None:
+    logits = [9.0, 8.0, 7.0, 6.0]
+    only_2 = bytes([0b0100]) + bytes(7)
+    bias = ((2, -100.0), (0, 100.0))
+    for row in (
+        sampler(logit_bias=bias, stop_ids=(2,), min_tokens=5),
+        sampler(logit_bias=bias, bad_words=((2,),)),
+        sampler(logit_bias=bias),
+    ):
+        assert row.sample(torch.tensor(logits), 1, only_2) == 2
+    two_or_3 = bytes([0b1100]) + bytes(7)
+    row = sampler(stop_ids=(2,), min_tokens=5)
+    assert row.sample(torch.tensor(logits), 1, two_or_3) == 3
+    assert sampler(top_k=1).sample(torch.tensor(logits), 1, two_or_3) == 2
+
+
+def test_a_mask_over_words_reaches_the_last_token_of_the_vocabulary() -> None:
+    for size in (63, 64, 65, 130):
+        for token in (0, size // 2, size - 1):
+            mask = (1 << token).to_bytes(-(-size // 64) * 8, "little")
+            assert sampler().sample(torch.zeros(size), 1, mask) == token
 
 
 def test_penalties_count_the_output_but_repetition_the_prompt_too() -> None:

@@ -7,9 +7,14 @@ first use, so that a door opens without the libraries of every format.
 import importlib
 from types import ModuleType
 
+_SUBMODULES = (
+    *("builtin", "cached", "checkpoints", "decoder", "facts", "families", "hub", "huggingface"),
+    *("layers", "opening"),
+)
+
 
 def __getattr__(name: str) -> ModuleType:
     """Import a submodule when it is first named."""
-    if name in ("checkpoints", "decoder", "families", "hub", "layers", "opening"):
+    if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,11 +29,12 @@ class Backend:
     reason: str | None  # why the reference stands in, if nobody asked for it
     pack: Pack
     pool: Pool | None  # of the native kernels
+    rounds_activations: bool  # of the reference: to INT8 (native weights are packed for it)
 
     def ops(self, dtype: torch.dtype, arena: Arena) -> Ops:
         """The ops, working in the arena's `scratch` and `step`."""
         if self.pool is None:
-            return ReferenceOps(dtype, arena["scratch"])
+            return ReferenceOps(dtype, arena["scratch"], int8_activations=self.rounds_activations)
         return NativeOps(dtype, arena["scratch"], arena["step"], self.pool)
 
     def close(self) -> None:
@@ -48,15 +49,16 @@ def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend
     UsageError where an ISA was asked for that cannot run here, or cannot run this model.
     """
     if config.cpu_isa == "reference":
-        return Backend("reference", None, _keep, None)
+        return Backend("reference", None, _keep, None, config.activations == "int8")
     library = open_library(None if config.cpu_isa == "auto" else config.cpu_isa)
     reason = library if isinstance(library, str) else _unfit(config, model, plan)
     if isinstance(library, Library) and reason is None:
         pool = Pool(library, config.threads or usable_cores())
-        return Backend(library.isa_name, None, partial(_pack, library), pool)
+        packed = partial(_pack, library, config.activations == "int8")
+        return Backend(library.isa_name, None, packed, pool, False)
     if config.cpu_isa != "auto":
         raise UsageError(f"cpu_isa {config.cpu_isa} cannot be used: {reason}")
-    return Backend("reference", reason, _keep, None)
+    return Backend("reference", reason, _keep, None, config.activations == "int8")
 
 
 def usable_cores() -> int:
@@ -69,8 +71,10 @@ def _keep(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
     return weight
 
 
-def _pack(library: Library, weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
-    return pack(library, weight, paired=paired)
+def _pack(
+    library: Library, int8_activations: bool, weight: Int8Weight | FloatWeight, paired: bool
+) -> Weight:
+    return pack(library, weight, paired=paired, int8_activations=int8_activations)
 
 
 def _unfit(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> str | None:

@@ -13,11 +13,24 @@ from torch import Tensor
 from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
 
 TILE_TOKENS = 16
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 SPAN_TOKENS = 256  # KV positions attention reads at a time, rounded down to whole blocks
 
 
 class ReferenceOps(Ops):
     """Composed of torch primitives; float32 inside, whatever the activation dtype."""
+
+    def __init__(
+        self, dtype: torch.dtype, scratch: Tensor, *, int8_activations: bool = False
+    ) -> None:
+        super().__init__(dtype, scratch)
+        self._int8_activations = int8_activations
+
+    def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
+        """Multiply as this backend was told: by activations as they are, or rounded to INT8."""
+        if self._int8_activations and isinstance(weight, Int8Weight):
+            x = round_to_int8(x.float(), weight)
+        return multiply(x, weight, self.scratch)
 
     def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:
         """See `Ops.embed`."""
@@ -54,7 +67,7 @@ class ReferenceOps(Ops):
         tokens, heads, dim = out.shape
         kv_heads = kv_pool.shape[3]
         x = rms_norm(residual, norm, eps).to(self.dtype)
-        mixed = multiply(x, qkv, self.scratch)
+        mixed = self._multiply(x, qkv)
         if bias is not None:
             mixed += bias
         mixed = mixed.view(tokens, heads + 2 * kv_heads, dim)
@@ -94,7 +107,7 @@ class ReferenceOps(Ops):
 
     def linear(self, x: Tensor, weight: Weight, out: Tensor) -> None:
         """See `Ops.linear`."""
-        out.copy_(multiply(x, weight, self.scratch))
+        out.copy_(self._multiply(x, weight))
 
     def norm_gate_up_swiglu(
         self,
@@ -108,7 +121,7 @@ class ReferenceOps(Ops):
         """See `Ops.norm_gate_up_swiglu`."""
         residual += delta
         x = rms_norm(residual, norm, eps).to(self.dtype)
-        gate, up = multiply(x, gate_up, self.scratch).chunk(2, dim=1)
+        gate, up = self._multiply(x, gate_up).chunk(2, dim=1)
         out.copy_(gate / (1 + torch.exp(-gate)) * up)
 
     def norm_head(
@@ -123,7 +136,17 @@ class ReferenceOps(Ops):
     ) -> None:
         """See `Ops.norm_head`."""
         x = rms_norm(residual[sampled] + delta[sampled], norm, eps).to(self.dtype)
-        out.copy_(multiply(x, head, self.scratch))
+        out.copy_(self._multiply(x, head))
+
+
+def round_to_int8(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x [T, K] rounded to INT8 in the groups of a weight's columns: max |x| / 127 is a step."""
+    columns = torch.arange(x.shape[1]) + weight.offset
+    group = (columns // weight.group).expand_as(x)
+    largest = torch.zeros(len(x), weight.scales.shape[1])
+    largest.scatter_reduce_(1, group, x.abs(), "amax")
+    steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / 127).gather(1, group)
+    return (x / steps).round() * steps
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -18,7 +18,7 @@ ON_DEVICE = -1  # in token_ids: the row's last sampled token, which the host has
 NONE = -1  # no mask, no logprobs
 
 _MAGIC = 0x31504C52  # "RLP1" in a file; scrambled by the other byte order
-_HEADER = ("magic", "step", "entries", "tokens", "blocks", "starts")
+_HEADER = ("magic", "step", "entries", "tokens", "blocks", "starts", "masks", "mask_words")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,39 +93,54 @@ class StepPlan:
     positions: list[int] = dataclasses.field(default_factory=list)  # of the entry's first token
     counts: list[int] = dataclasses.field(default_factory=list)  # tokens computed, at least 1
     samples: list[int] = dataclasses.field(default_factory=list)  # trailing positions sampled
-    masks: list[int] = dataclasses.field(default_factory=list)  # slot of a token mask, or NONE
+    masks: list[int] = dataclasses.field(default_factory=list)  # place in mask_bits, or NONE
     block_counts: list[int] = dataclasses.field(default_factory=list)
     token_ids: list[int] = dataclasses.field(default_factory=list)  # or ON_DEVICE
     block_ids: list[int] = dataclasses.field(default_factory=list)  # appended to the row's table
+    # What the one position sampled by a masked entry may become: bit i % 8 of byte i // 8 is token
+    # i's. As many whole words of 64 bits as the vocabulary needs, in all of them.
+    mask_bits: list[bytes] = dataclasses.field(default_factory=list)
 
     def add(
-        self, row: int, position: int, token_ids: list[int], samples: int, block_ids: list[int]
+        self,
+        row: int,
+        position: int,
+        token_ids: list[int],
+        samples: int,
+        block_ids: list[int],
+        mask: bytes | None = None,
     ) -> None:
         """Append one entry."""
         self.rows.append(row)
         self.positions.append(position)
         self.counts.append(len(token_ids))
         self.samples.append(samples)
-        self.masks.append(NONE)
+        self.masks.append(NONE if mask is None else len(self.mask_bits))
+        if mask is not None:
+            self.mask_bits.append(mask)
         self.block_counts.append(len(block_ids))
         self.token_ids += token_ids
         self.block_ids += block_ids
 
     def encode(self) -> bytes:
-        """Return the plan as 64-bit integers in this machine's byte order."""
+        """Return the plan as 64-bit integers in this machine's byte order, then the masks."""
         header = (_MAGIC, self.step, len(self.rows), len(self.token_ids), len(self.block_ids))
-        words = array("q", (*header, len(self.starts)))
+        masks, mask_words = (
+            len(self.mask_bits),
+            len(self.mask_bits[0]) // 8 if self.mask_bits else 0,
+        )
+        words = array("q", (*header, len(self.starts), masks, mask_words))
         for column in self._columns():
             words.extend(column)
         for start in self.starts:
             _write_start(words, start)
-        return words.tobytes()
+        return b"".join((words.tobytes(), *self.mask_bits))
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Read what `encode` wrote; anything else is refused whole."""
         reader = _Reader(data)
-        magic, step, entries, tokens, blocks, starts = reader.take(len(_HEADER))
+        magic, step, entries, tokens, blocks, starts, masks, mask_words = reader.take(len(_HEADER))
         if magic != _MAGIC:
             raise _garbage(f"its first word is {magic:#x}, not {_MAGIC:#x}")
         plan = cls(step)
@@ -134,6 +149,10 @@ class StepPlan:
         plan.token_ids, plan.block_ids = reader.take(tokens), reader.take(blocks)
         reader.claim(starts)
         plan.starts = [_read_start(reader) for _ in range(starts)]
+        if bool(masks) != bool(mask_words):
+            raise _garbage(f"it claims {masks} masks of {mask_words} words")
+        reader.claim(masks)
+        plan.mask_bits = [reader.take_bytes(mask_words) for _ in range(masks)]
         reader.finish()
         plan._check()
         return plan
@@ -154,13 +173,16 @@ class StepPlan:
         """Refuse numbers that would lead a worker outside its tables."""
         rows = self.rows
         started = [start.row for start in self.starts]
+        masked = [
+            (slot, s) for slot, s in zip(self.masks, self.samples, strict=True) if slot != NONE
+        ]
         sound = {
             "step": self.step >= 0,
             "rows": len(set(rows)) == len(rows) and min(rows, default=0) >= 0,
             "positions": min(self.positions, default=0) >= 0,
             "counts": min(self.counts, default=1) >= 1 and sum(self.counts) == len(self.token_ids),
             "samples": all(0 <= s <= n for s, n in zip(self.samples, self.counts, strict=True)),
-            "masks": min(self.masks, default=0) >= NONE,
+            "masks": masked == [(slot, 1) for slot in range(len(self.mask_bits))],
             "block_counts": min(self.block_counts, default=0) >= 0
             and sum(self.block_counts) == len(self.block_ids),
             "token_ids": min(self.token_ids, default=0) >= ON_DEVICE,
@@ -251,6 +273,12 @@ class _Reader:
         self.claim(count)
         start, self._at = self._at, self._at + count
         return self._words[start : self._at].tolist()
+
+    def take_bytes(self, count: int) -> bytes:
+        """Take words that are no numbers."""
+        self.claim(count)
+        start, self._at = self._at, self._at + count
+        return self._words[start : self._at].tobytes()
 
     def take_list(self) -> tuple[int, ...]:
         (count,) = self.take(1)

@@ -42,11 +42,14 @@ def row_starts(row: int) -> st.SearchStrategy[RowStart]:
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
     plan = StepPlan(draw(st.integers(0, 2**62)))
+    mask_size = 8 * draw(st.integers(1, 3))
     for row in draw(st.lists(st.integers(0, 4096), max_size=6, unique=True)):
         tokens = draw(st.lists(st.integers(ON_DEVICE, 2**31), min_size=1, max_size=5))
         samples = draw(st.integers(0, len(tokens)))
         blocks = draw(st.lists(ids, max_size=3))
-        plan.add(row, draw(st.integers(0, 2**40)), tokens, samples, blocks)
+        masked = samples == 1 and draw(st.booleans())
+        mask = draw(st.binary(min_size=mask_size, max_size=mask_size)) if masked else None
+        plan.add(row, draw(st.integers(0, 2**40)), tokens, samples, blocks, mask)
         if draw(st.booleans()):
             plan.starts.append(draw(row_starts(row)))
     return plan
@@ -97,7 +100,7 @@ def test_the_other_byte_order_is_refused_by_name() -> None:
 
 def test_a_lying_count_allocates_nothing() -> None:
     words = array("q", StepPlan(1).encode())
-    for field in range(2, 6):
+    for field in range(2, 8):
         lying = words[:]
         lying[field] = 2**62
         with pytest.raises(RooflineError, match="claims"):
@@ -107,7 +110,7 @@ def test_a_lying_count_allocates_nothing() -> None:
 def two_entries() -> StepPlan:
     plan = StepPlan(3, starts=[RowStart(row=1, num_prompt=2, seed=5)])
     plan.add(0, 7, [ON_DEVICE], 1, [4])
-    plan.add(1, 0, [8, 9], 1, [5])
+    plan.add(1, 0, [8, 9], 1, [5], mask=b"12345678")
     return plan
 
 
@@ -124,7 +127,12 @@ def two_entries() -> StepPlan:
         ("counts", [1, 1]),
         ("samples", [2, 1]),
         ("samples", [1, -1]),
-        ("masks", [-2, -1]),
+        ("masks", [-2, 0]),
+        ("masks", [-1, -1]),  # a mask of nobody
+        ("masks", [0, 0]),
+        ("masks", [-1, 1]),
+        ("samples", [1, 0]),  # a mask where nothing is sampled
+        ("samples", [1, 2]),
         ("block_counts", [3, -1]),
         ("block_counts", [1, 0]),
         ("token_ids", [-2, 8, 9]),
@@ -141,6 +149,22 @@ def test_numbers_outside_a_workers_tables_are_refused(column: str, values: objec
     object.__setattr__(plan, column, values)
     with pytest.raises(RooflineError, match="out of bounds"):
         StepPlan.decode(plan.encode())
+
+
+def test_masks_cross_bit_for_bit() -> None:
+    plan = two_entries()
+    plan.add(2, 0, [1], 1, [], mask=bytes(range(100, 108)))
+    again = StepPlan.decode(plan.encode())
+    assert again.masks == [NONE, 0, 1]
+    assert again.mask_bits == [b"12345678", bytes(range(100, 108))]
+
+
+@pytest.mark.parametrize(("masks", "words"), [(2, 1), (1, 2), (0, 1), (1, 0), (-1, -1), (0, 0)])
+def test_masks_that_are_not_there_are_refused(masks: int, words: int) -> None:
+    data = array("q", two_entries().encode())
+    data[6:8] = array("q", (masks, words))
+    with pytest.raises(RooflineError, match="step plan"):
+        StepPlan.decode(data.tobytes())
 
 
 def test_floats_cross_bit_for_bit() -> None:

@@ -11,41 +11,11 @@ from bisect import bisect_left, insort
 from collections import deque
 from operator import attrgetter
 
-from roofline.errors import CapacityError, RequestError, UsageError
-from roofline.request import Request, TokenOutput, check_token_ids
+from roofline.errors import RequestError
+from roofline.request import Request, TokenOutput
 from roofline.scheduling.blocks import BlockPool
+from roofline.scheduling.limits import SchedulerConfig
 from roofline.scheduling.plan import ON_DEVICE, RowStart, StepPlan, StepResult
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """The sizes the scheduler plans within."""
-
-    num_blocks: int
-    block_tokens: int
-    max_num_seqs: int  # rows: requests in one step
-    max_num_batched_tokens: int  # tokens in one step
-    max_model_len: int  # tokens of a request, prompt and output
-    vocab_size: int
-    enable_prefix_caching: bool = True
-    prefill_chunk_tokens: int | None = None  # of one request in one step; None = all of the step's
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool or (value is None and field.default is None):
-                continue
-            if type(value) is not int or value < 1:
-                raise UsageError(f"{field.name} is {value!r}; it must be an integer of at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise UsageError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least "
-                f"max_num_seqs, {self.max_num_seqs}, or some requests would never decode"
-            )
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.block_tokens)
 
 
 @dataclasses.dataclass(slots=True)
@@ -79,7 +49,8 @@ class _Issued:
         """Plan a request's next tokens."""
         self.requests.append(request)
         self.epochs.append(request.epoch)
-        self.plan.add(request.row, request.num_computed, token_ids, samples, block_ids)
+        mask = request.matcher.mask() if samples and request.matcher is not None else None
+        self.plan.add(request.row, request.num_computed, token_ids, samples, block_ids, mask)
         request.num_computed += len(token_ids)
         request.num_in_flight += samples
 
@@ -121,28 +92,11 @@ class Scheduler:
         return bool(self._requests)
 
     def add(self, request: Request) -> None:
-        """Queue a request; one that could never finish is refused here."""
-        config, sampling = self.config, request.sampling
+        """Queue a request that could finish; others are refused."""
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is already in use")
-        if request.num_prompt >= config.max_model_len:
-            raise RequestError(
-                f"the prompt has {request.num_prompt} tokens and must leave room for one more; "
-                f"max_model_len is {config.max_model_len}"
-            )
-        check_token_ids("prompt", request.tokens, config.vocab_size)
-        for word in request.bad_words_ids:
-            check_token_ids("bad_words entry", word, config.vocab_size)
-        sampling.check(config.vocab_size)
-        wanted = config.max_model_len if sampling.max_tokens is None else sampling.max_tokens
-        request.max_total_tokens = min(request.num_prompt + wanted, config.max_model_len)
-        # The last token is sampled but never computed.
-        needed = config.blocks_for(request.max_total_tokens - 1)
-        if needed > config.num_blocks:
-            raise CapacityError(
-                f"the request may grow to {needed} KV blocks of {config.block_tokens} tokens, and "
-                f"the pool has {config.num_blocks}; shorten the prompt or lower max_tokens"
-            )
+        self.config.check_request(request)
+        request.max_total_tokens = self.config.max_total_tokens(request)
         request.arrival = self._stats.num_requests
         request.order = (request.priority, request.arrival)
         self._stats.num_requests += 1
@@ -154,7 +108,7 @@ class Scheduler:
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
-        request.finish_reason = "abort"
+        request.finish("abort")
         self._leave(request)
         return True
 
@@ -229,6 +183,7 @@ class Scheduler:
         assert in_flight == request.num_in_flight, f"{name} miscounts its tokens in flight"
         assert known + in_flight <= request.max_total_tokens, f"{name} is too long"
         assert computed < known + max(in_flight, 1), f"{name} computes the unknown"
+        assert request.matcher is None or in_flight <= 1, f"{name} runs ahead of its matcher"
         assert len(request.blocks) == self.config.blocks_for(computed)
         chain: list[bytes] = []
         self._pool.extend_chain(chain, request.tokens, known // self.config.block_tokens)
@@ -247,8 +202,10 @@ class Scheduler:
             tokens, computed = request.tokens, request.num_computed
             in_flight = request.num_in_flight
             known = len(tokens)
-            if in_flight and known + in_flight >= request.max_total_tokens:
-                continue  # its last token is on the way
+            if in_flight and (
+                request.matcher is not None or known + in_flight >= request.max_total_tokens
+            ):
+                continue  # its last token is on the way, or one that its matcher must see first
             if not budget:
                 break
             if computed % block_tokens and (in_flight or computed + 1 == known):
@@ -351,8 +308,8 @@ class Scheduler:
         for used, token in enumerate(new, 1):
             output.finish_reason = request.append(token)
             if output.finish_reason is not None:
-                if output.finish_reason == "stop":
-                    output.stop_reason = request.stop_reason(token)
+                output.stop_reason = request.stop_reason
+                output.ends_with_stop_token = request.ends_with_stop_token
                 del new[used:]
                 del self._requests[request.request_id]
                 self._leave(request)

@@ -10,10 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from roofline.errors import CapacityError, RequestError, UsageError
+from roofline.errors import CapacityError, RequestError
 from roofline.request import Request, SamplingParams, TokenLogprobs, TokenOutput, child_seed
-from roofline.scheduling.plan import ON_DEVICE, RowStart, StepPlan, StepResult
-from roofline.scheduling.scheduler import Scheduler, SchedulerConfig
+from roofline.scheduling.limits import SchedulerConfig
+from roofline.scheduling.plan import NONE, ON_DEVICE, RowStart, StepPlan, StepResult
+from roofline.scheduling.scheduler import Scheduler
 
 VOCAB = 64
 EOS = 3
@@ -25,6 +26,27 @@ def token_at(seed: int, index: int, masked: Sequence[int] = ()) -> int:
     while token in masked:
         token = (token + 1) % VOCAB
     return token
+
+
+class FakeGrammar:
+    """A matcher whose masks depend on all tokens so far; it ends, or gives up, after `length`."""
+
+    def __init__(self, length: int, gives_up: bool = False) -> None:
+        self.left, self.gives_up, self.state = length, gives_up, 1
+
+    def forbidden(self) -> list[int]:
+        return [token for token in range(VOCAB) if (token + self.state) % 3 == 0]
+
+    def mask(self) -> bytes:
+        return (2**VOCAB - 1 - sum(1 << token for token in self.forbidden())).to_bytes(8, "little")
+
+    def accept(self, token: int) -> bool:
+        assert token not in self.forbidden(), "a token was sampled that the mask forbids"
+        self.state = hash((self.state, token))
+        self.left -= 1
+        if self.gives_up and self.left == 0:
+            raise RequestError("too complex")
+        return self.left == 0
 
 
 class KvWorkers:
@@ -77,7 +99,9 @@ class KvWorkers:
             self.read(row, last)
             result.counts.append(samples)
             if samples:
-                result.token_ids.append(self.sample(row, last + 1, result, index))
+                slot = plan.masks[index]
+                mask = None if slot == NONE else plan.mask_bits[slot]
+                result.token_ids.append(self.sample(row, last + 1, result, index, mask))
             self.give_prompt_logprobs(row, position, last, result, index)
         return result
 
@@ -102,11 +126,15 @@ class KvWorkers:
             found = self.kv.get(self.slot(row, offset))
             assert found == self.digest(row, offset), f"row {row} reads another's KV at {offset}"
 
-    def sample(self, row: int, index: int, result: StepResult, entry: int) -> int:
+    def sample(
+        self, row: int, index: int, result: StepResult, entry: int, mask: bytes | None
+    ) -> int:
         start = self.starts[row]
         context = self.contexts[start.seed]
         early = index - start.num_prompt < start.min_tokens
-        token = token_at(start.seed, index, start.stop_ids if early else ())
+        bits = 2**VOCAB - 1 if mask is None else int.from_bytes(mask, "little")
+        forbidden = [token for token in range(VOCAB) if not bits >> token & 1]
+        token = token_at(start.seed, index, [*forbidden, *(start.stop_ids if early else ())])
         if index == len(context):
             context.append(token)
         assert context[index] == token, "a token sampled again is another"
@@ -149,7 +177,10 @@ def split(plan: StepPlan) -> list[tuple[int, int, list[int], list[int], int]]:
 
 
 def answer(
-    request: Request, config: SchedulerConfig, prompt: Sequence[int]
+    request: Request,
+    config: SchedulerConfig,
+    prompt: Sequence[int],
+    grammar: FakeGrammar | None = None,
 ) -> tuple[list[int], str]:
     """What a request must answer, whatever else runs: its tokens and why it ends."""
     sampling, output = request.sampling, list[int]()
@@ -157,10 +188,15 @@ def answer(
     limit = limit if sampling.max_tokens is None else min(limit, sampling.max_tokens)
     while True:
         early = len(output) < sampling.min_tokens
-        masked = sorted(request.stop_ids) if early else ()
+        masked = sorted(request.stop_ids) if early else list[int]()
+        masked += grammar.forbidden() if grammar else []
         output.append(token_at(request.seed, len(prompt) + len(output), masked))
         if output[-1] in request.stop_ids and not early:
             return output, "stop"
+        if grammar and grammar.left == 1:
+            return output, "error" if grammar.gives_up else "stop"
+        if grammar:
+            grammar.accept(output[-1])
         if len(output) == limit:
             return output, "length"
 
@@ -174,16 +210,31 @@ class Run:
         self.workers = KvWorkers(config, max_in_flight)
         self.plans: deque[StepPlan] = deque()
         self.requests: dict[str, tuple[Request, list[int]]] = {}
+        self.grammars: dict[str, tuple[int, bool]] = {}
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.aborted: set[str] = set()
         self.trace: list[StepPlan] = []
 
-    def add(self, prompt: Sequence[int], priority: int = 0, **options: Any) -> str:
+    def add(
+        self,
+        prompt: Sequence[int],
+        priority: int = 0,
+        grammar: tuple[int, bool] | None = None,
+        **options: Any,
+    ) -> str:
         index = len(self.requests)
         sampling = SamplingParams(**options)
         request = Request(
-            f"r{index}", prompt, sampling, seed=index, eos_token_ids=[EOS], priority=priority
+            f"r{index}",
+            prompt,
+            sampling,
+            seed=index,
+            eos_token_ids=[EOS],
+            priority=priority,
+            matcher=FakeGrammar(*grammar) if grammar else None,
         )
+        if grammar:
+            self.grammars[request.request_id] = grammar
         self.scheduler.add(self.workers.expect(request))
         self.requests[request.request_id] = request, list(prompt)
         self.outputs[request.request_id] = []
@@ -224,7 +275,9 @@ class Run:
 
     def compare(self, request_id: str, request: Request, prompt: list[int]) -> None:
         outputs = self.outputs[request_id]
-        tokens, reason = answer(request, self.config, prompt)
+        grammar = self.grammars.get(request_id)
+        follows = FakeGrammar(*grammar) if grammar else None
+        tokens, reason = answer(request, self.config, prompt, follows)
         got = [token for output in outputs for token in output.token_ids]
         if request_id in self.aborted:
             assert got == tokens[: len(got)]
@@ -233,6 +286,7 @@ class Run:
         assert got == tokens
         assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
         assert outputs[-1].finish_reason == request.finish_reason == reason
+        assert request.matcher is None, "a finished request keeps its matcher"
         assert {output.num_prompt_tokens for output in outputs} == {len(prompt)}
         if request.sampling.logprobs is not None:
             self.compare_logprobs(outputs, len(prompt))
@@ -284,6 +338,8 @@ def some_options(chance: random.Random) -> dict[str, Any]:
         options["ignore_eos"] = True
     if chance.random() < 0.3:
         options["stop_token_ids"] = [7, 11]
+    if chance.random() < 0.3:
+        options["grammar"] = chance.choice((1, 2, 9, 40)), chance.random() < 0.3
     return options
 
 
@@ -566,6 +622,61 @@ def test_abort_is_harmless_twice_and_for_strangers() -> None:
     assert run.scheduler.schedule() is None
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2, 3])
+def test_a_request_with_a_grammar_waits_for_its_token_and_others_do_not(max_in_flight: int) -> None:
+    run = Run(config_of(), max_in_flight)
+    run.add([1, 2, 3], grammar=(8, False), ignore_eos=True)
+    run.add([4, 5, 6], max_tokens=8, ignore_eos=True)
+    run.finish()
+    masked = [plan for plan in run.trace if plan.mask_bits]
+    assert len(masked) == 8
+    for plan in masked:
+        assert ON_DEVICE not in split(plan)[plan.masks.index(0)][2]
+    alone = [plan for plan in run.trace if plan.rows == [1]]
+    assert bool(alone) == (max_in_flight > 1)
+
+
+def test_masks_are_of_positions_sampled_and_of_no_others() -> None:
+    run = Run(config_of(prefill_chunk_tokens=2))
+    run.add([1, 2, 3, 4, 5], grammar=(2, False), ignore_eos=True)
+    run.add([1], max_tokens=4, ignore_eos=True)
+    run.finish()
+    assert [plan.masks for plan in run.trace] == [[NONE, NONE], [NONE, NONE], [0, NONE], [0, NONE]]
+
+
+def test_a_grammars_end_comes_before_min_tokens_and_at_the_limit() -> None:
+    run = Run(config_of())
+    early = run.add([1], grammar=(2, False), min_tokens=9, ignore_eos=True)
+    both = run.add([2], grammar=(2, False), max_tokens=2, ignore_eos=True)
+    run.finish()
+    for name in (early, both):
+        last = run.outputs[name][-1]
+        assert (last.finish_reason, last.stop_reason, last.ends_with_stop_token) == (
+            "stop",
+            None,
+            False,
+        )
+
+
+def test_a_matcher_that_gives_up_ends_its_own_request_with_the_reason() -> None:
+    run = Run(config_of())
+    fails = run.add([1], grammar=(3, True), ignore_eos=True)
+    other = run.add([2], max_tokens=9, ignore_eos=True)
+    run.finish()
+    last = run.outputs[fails][-1]
+    assert (last.finish_reason, last.stop_reason) == ("error", "too complex")
+    assert len(run.outputs[other]) == 9
+
+
+def test_an_aborted_request_lets_go_of_its_matcher() -> None:
+    run = Run(config_of())
+    name = run.add([1], grammar=(9, False), ignore_eos=True)
+    run.step()
+    run.abort(name)
+    assert run.requests[name][0].matcher is None
+    run.finish()
+
+
 def test_a_stop_id_the_caller_named_is_told_and_eos_is_not() -> None:
     def last_output(**options: Any) -> TokenOutput:
         run = Run(config_of(max_model_len=4096, num_blocks=1024))
@@ -605,24 +716,6 @@ def test_a_request_that_could_outgrow_the_pool_is_refused_with_both_numbers() ->
     run.finish()
 
 
-def test_prompts_without_tokens_or_with_strange_ones_are_refused() -> None:
-    run = Run(config_of())
-    assert "prompt is empty" in refuse(run, RequestError, [])
-    for bad in (-1, VOCAB, True, 1.0, "1", None):
-        assert "prompt[1]" in refuse(run, RequestError, [1, bad])
-
-
-def test_sampling_ids_outside_the_vocabulary_are_refused() -> None:
-    run = Run(config_of())
-    refuse(run, RequestError, [1], stop_token_ids=[VOCAB])
-    refuse(run, RequestError, [1], allowed_token_ids=[VOCAB])
-    refuse(run, RequestError, [1], logit_bias={VOCAB: 1.0})
-    for word in ((VOCAB,), (-1,), ()):
-        request = Request("a", [1], SamplingParams(), seed=0, bad_words_ids=[word])
-        with pytest.raises(RequestError, match="bad_words entry"):
-            run.scheduler.add(request)
-
-
 def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
     run = Run(config_of())
     name = run.add([1])
@@ -630,22 +723,6 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
         run.scheduler.add(Request(name, [1], SamplingParams(), seed=1))
     run.finish()
     run.scheduler.add(Request(name, [1], SamplingParams(), seed=1))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "field"),
-    [
-        ({"num_blocks": 0}, "num_blocks"),
-        ({"block_tokens": True}, "block_tokens"),
-        ({"vocab_size": 1.0}, "vocab_size"),
-        ({"max_num_seqs": None}, "max_num_seqs"),
-        ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens"),
-        ({"max_num_batched_tokens": 5, "max_num_seqs": 6}, "max_num_batched_tokens"),
-    ],
-)
-def test_sizes_that_cannot_work_are_refused_by_field(sizes: dict[str, Any], field: str) -> None:
-    with pytest.raises(UsageError, match=f"^{field} is "):
-        config_of(**sizes)
 
 
 def test_a_result_of_another_step_is_our_own_mistake() -> None:

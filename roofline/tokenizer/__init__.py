@@ -5,7 +5,8 @@ a stop string.
 """
 
 from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.tokenizer.folder_vocabulary import read_chat_template
 from roofline.tokenizer.text_stream import TextStream
 from roofline.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "TextStream", "Tokenizer"]
+__all__ = ["ChatTemplate", "TextStream", "Tokenizer", "read_chat_template"]

@@ -1,119 +1,121 @@
-"""A model's chat template: Jinja in a sandbox, with what templates expect of `transformers`.
+"""A model's chat template, rendered where it can be stopped.
 
-Templates come with models and are untrusted, so all rendering is in the one function `render`.
-No token ids here.
+Templates come with models and are untrusted: here they are parsed at most. What Jinja makes of them
+is in `sandbox.templates`; no token ids here.
 """
 
-import datetime
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from roofline.errors import RequestError
+from roofline.sandbox import Sandbox
+from roofline.sandbox.templates import names_in
 
-from roofline.errors import CheckpointError, RequestError
-
-# What an expression in a template can come to: Jinja's own errors, and Python's for its operands.
-_FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_RENDERING = "roofline.sandbox.templates"
+_RENDER_S = 1.0  # for one rendering
+_JSON_BYTES = 6  # that a byte of text may take as JSON
+_PROBE = "7b1d39"  # a text to find again
 
 
-class ChatTemplate:
-    """One compiled template; `origin` names the file it came from in messages."""
+@dataclass(frozen=True)
+class Renderer:
+    """Where templates are rendered, and how long a text they may write."""
 
-    def __init__(self, source: str, origin: str = "chat template") -> None:
-        self.source = source
+    sandbox: Sandbox
+    max_bytes: int
+
+    def start(self) -> None:
+        """Get ready without waiting for it."""
+        self.sandbox.start(_RENDERING)
+
+    def render(self, source: str, origin: str, variables: Mapping[str, Any]) -> str:
+        """Write a template out; RequestError where it is not done in time or writes too much."""
+        arguments = {"source": source, "origin": origin, "variables": variables}
         try:
-            self._template = _environment().from_string(source, globals=_FUNCTIONS)
-        except jinja2.TemplateSyntaxError as error:
-            raise CheckpointError(f"{origin}: line {error.lineno}: {_line(error)}") from error
-        except (*_FAILURES, SyntaxError) as error:  # Python refuses the code Jinja made of it
-            raise CheckpointError(f"{origin}: cannot be compiled: {_line(error)}") from error
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> str:
-        """Write the conversation out as the model was taught to read it."""
-        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:
-            return self._template.render({"tools": None, "documents": None, **variables, **given})
-        except _TemplateRefusal as error:
-            raise RequestError(f"the chat template refused the messages: {_line(error)}") from error
-        except _FAILURES as error:
+            return self.sandbox.call(
+                f"{_RENDERING}:render",
+                {**arguments, "max_bytes": self.max_bytes},
+                limit_s=_RENDER_S,
+                max_bytes=_JSON_BYTES * self.max_bytes + 100,
+            )
+        except TimeoutError as error:
             raise RequestError(
-                f"the chat template cannot write these messages: {_line(error)}"
+                f"the chat template is not done with these messages after {_RENDER_S:g} s"
+            ) from error
+        except MemoryError as error:
+            raise RequestError(
+                "the chat template needs too much memory for these messages"
             ) from error
 
 
-class _TemplateRefusal(jinja2.TemplateError):
-    """A template's own `raise_exception`."""
+class ChatTemplate:
+    """The templates of a model by name, of which what a conversation holds chooses one.
+
+    They are parsed here; `origin` names their file in messages.
+    """
+
+    def __init__(self, sources: Mapping[str, str], origin: str = "chat template") -> None:
+        self.sources = dict(sources)
+        self._origin = origin
+        self._names = {name: names_in(source, origin) for name, source in sources.items()}
+        self._takes_parts: dict[str, bool] = {}
+
+    def refuse_unused(self, given: Mapping[str, Any]) -> None:
+        """RequestError where a variable of the caller's would change nothing."""
+        names = self._names[self._chosen(given)]
+        for name in [name for name, value in given.items() if name not in names]:
+            if given[name] is not None and given[name] != []:
+                raise RequestError(f"the model's chat template has no use for {name}")
+
+    def render(self, variables: Mapping[str, Any], renderer: Renderer) -> str:
+        """Write out the conversation in `variables`, all of them JSON values."""
+
+        def render(variables: Mapping[str, Any]) -> str:
+            return renderer.render(self.sources[name], self._origin, variables)
+
+        variables = {"tools": None, "documents": None, **variables}
+        name, messages = self._chosen(variables), variables["messages"]
+        if any(isinstance(message.get("content"), list) for message in messages):
+            if name not in self._takes_parts:
+                self._takes_parts[name] = _writes_parts(render, variables)
+            if not self._takes_parts[name]:
+                variables["messages"] = [_in_one_part(message) for message in messages]
+        return render(variables)
+
+    def _chosen(self, given: Mapping[str, Any]) -> str:
+        """The name of the template for a conversation: `tool_use` and `rag` are for what they say.
+
+        As `transformers` chooses (5.23, `get_chat_template`), which leaves `rag` to its caller.
+        """
+        if given.get("tools") is not None and "tool_use" in self.sources:
+            return "tool_use"
+        if given.get("documents") is not None and "rag" in self.sources:
+            return "rag"
+        if "default" in self.sources:
+            return "default"
+        raise RequestError(
+            f"the model has chat templates for {', '.join(sorted(self.sources))}, and none that is "
+            "the default"
+        )
 
 
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's text for training; here its body is just written."""
+def _writes_parts(render: Callable[[Mapping[str, Any]], str], variables: Mapping[str, Any]) -> bool:
+    """Whether a template writes the text of a content in parts, by trying.
 
-    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Parse to the closing tag and keep the body."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = _to_json
-    return environment
+    Those for content that is a string fail, show the list itself, or leave the content out.
+    """
+    message = {"role": "user", "content": [{"type": "text", "text": _PROBE}]}
+    try:
+        text = render({**variables, "messages": [message]})
+    except RequestError:
+        return False
+    return _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
 
 
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as models were trained on: unlike Jinja's own filter, nothing is escaped for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _TemplateRefusal(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-_FUNCTIONS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _in_one_part(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose parts are one text, a line or more each, as vLLM and llama.cpp join them."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in parts)}

@@ -1,113 +1,139 @@
-"""Tests of the template language, against `transformers`' rendering where it has one."""
+"""Tests of choosing and stopping templates: each runs in the sandbox's process, as in use."""
 
-import datetime
-import re
+import os
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from roofline.errors import CheckpointError, RequestError
-from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.sandbox import Sandbox
+from roofline.tokenizer.chat_template import ChatTemplate, Renderer
 from roofline.tokenizer.vocabulary_test import CHATML
 
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": " <b>Hi & 'bye'</b>\n"},
-    {"role": "assistant", "content": "é😀"},
-]
-TOOLS: list[Any] = [{"type": "function", "function": {"name": "add", "description": "Adds <&> é."}}]
-
-EACH = "{% for m in messages %}"
-END = "{% endfor %}"
-COUNT = "{% set ns = namespace(n=0) %}" + EACH + "{% set ns.n = ns.n + 1 %}" + END + "{{ ns.n }}"
-COMPACT_JSON = "tojson(ensure_ascii=true, sort_keys=true, separators=[',', ':'])"
-TEMPLATES = {
-    "chatml": CHATML,
-    "blocks are trimmed": EACH + "\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n" + END,
-    "loop controls": EACH + "{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}" + END,
-    "generation tag": EACH + "{% generation %}{{ m.content }}{% endgeneration %}" + END,
-    "tojson escapes no HTML": "{{ tools | tojson }} {{ tools | tojson(indent=2) }}",
-    "tojson options": "{{ messages[2] | " + COMPACT_JSON + " }}",
-    "namespace": COUNT,
-    "absent is undefined": "{{ nothing }}{{ documents is none }}{{ messages[0].name is defined }}",
-    "trailing newline": "{{ messages[0].content }}\n",
-    "macros and filters": "{% macro w(x) %}[{{ x | trim | upper }}]{% endmacro %}{{ w('é ') }}",
-}
-
-
-@pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES)
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_a_rendering_equals_transformers(source: str, add_generation_prompt: bool) -> None:
-    (expected,), _ = render_jinja_template(
-        [CHAT], TOOLS, chat_template=source, add_generation_prompt=add_generation_prompt
-    )
-    template = ChatTemplate(source)
-    text = template.render(CHAT, tools=TOOLS, add_generation_prompt=add_generation_prompt)
-    assert text == expected
-
-
-def test_the_date_is_todays() -> None:
-    template = ChatTemplate("{{ strftime_now('%Y') }}")
-    assert template.render(CHAT) == str(datetime.datetime.now().year)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{% if %}", r"^m\.gguf: line 1: Expected an expression"),
-        ("a\n{% for x in y %}", r"^m\.gguf: line 2: Unexpected end of template"),
-        ("{{ 'x' | nosuchfilter }}", r"^m\.gguf: line 1: No filter named 'nosuchfilter'"),
-        ("{% include 'x' %}{% block a %}{% block a %}", r"^m\.gguf: line 1: "),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", r"^m\.gguf: cannot be compiled: "),
-        ("{% if a %}" * 200 + "{% endif %}" * 200, r"^m\.gguf: cannot be compiled: "),
-    ],
+USER = {"role": "user", "content": "Hi"}
+PARTS = {"role": "user", "content": [{"type": "text", "text": text} for text in ("Hi", "you")]}
+TOOLS = [{"name": "add"}]
+EACH_PART = (
+    "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}({{ part.text }}){% endfor %}{% endif %}"
 )
-def test_a_template_that_does_not_compile_is_a_bad_checkpoint(source: str, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message) as error:
-        ChatTemplate(source, "m.gguf")
-    assert "\n" not in error.value.message
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (
-            "{{ raise_exception('Roles must\nalternate!') }}",
-            "refused the messages: Roles must alternate!",
-        ),
-        ("{{ messages[0].tool_calls[0] }}", "cannot write these messages: .*tool_calls"),
-        ("{{ messages[0].content + 1 }}", "cannot write these messages: "),
-        ("{{ 1 / (messages | length - 3) }}", "cannot write these messages: .*zero"),
-        ("{{ messages[0].content | int | round(method='x') }}", "cannot write these messages: "),
-        (
-            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-            "cannot write these messages: .*recursion",
-        ),
-        ("{{ range(10 ** 9) }}", "cannot write these messages: Range too big"),
-        ("{{ strftime_now(3) }}", "cannot write these messages: "),
-        ("{% include 'x' %}", "cannot write these messages: "),
-    ],
-)
-def test_messages_a_template_cannot_take_are_a_bad_request(source: str, message: str) -> None:
-    with pytest.raises(RequestError, match=re.compile(message, re.IGNORECASE)) as error:
-        ChatTemplate(source).render(CHAT)
-    assert "\n" not in error.value.message
+@pytest.fixture(scope="module")
+def renderer() -> Iterator[Renderer]:
+    made = Renderer(Sandbox(), max_bytes=1 << 16)
+    yield made
+    made.sandbox.close()
+
+
+def template(*default: str, **named: str) -> ChatTemplate:
+    sources = dict(zip(["default"], default, strict=False)) | named
+    return ChatTemplate(sources, "m.gguf: chat template")
+
+
+def written(made: ChatTemplate, renderer: Renderer, *messages: Any, **variables: Any) -> str:
+    given = {"messages": [*messages], "add_generation_prompt": False, **variables}
+    return made.render(given, renderer)
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append.__globals__ }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{{ raise_exception.__globals__ }}{{ raise_exception.__globals__.x }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update(role='x') }}",
+        "{{ 'x' * 10**9 }}",
+        "{{ 'x' * 10**8 }}",
+        "{{ 'x' | center(10**9) }}",
+        "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s * 2 %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) + f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ 7 ** (7 ** 12) }}",
+        "{{ messages.__class__.__mro__ }}{{ ''.__class__.__subclasses__() }}{{ x.y }}",
+        "{{ cycler.__init__.__globals__.os.system('sleep 9') }}",
+        "{% set l = [1] %}{% for i in range(99) %}{{ l.append(l) }}{% endfor %}",
+        "{{ '%999999999d' | format(1) }}",
+        "{{ ['x' * 999] * 10**7 | join }}",
+        "{% for i in range(99999) %}{{ (messages * 999) | tojson | length }}{% endfor %}",
     ],
 )
-def test_a_template_cannot_leave_the_sandbox_or_change_what_it_is_given(source: str) -> None:
-    before = [dict(message) for message in CHAT]
-    with pytest.raises(RequestError):
-        ChatTemplate(source).render(CHAT)
-    assert before == CHAT
+def test_whatever_a_template_does_is_over_in_a_moment_and_the_next_is_right(
+    renderer: Renderer, source: str
+) -> None:
+    good, bad = template(CHATML), template(source)
+    written(good, renderer, USER)
+    started = time.monotonic()
+    with pytest.raises(RequestError, match="the chat template ") as error:
+        written(bad, renderer, USER)
+    assert time.monotonic() - started < 1.5  # a second, and what a busy machine adds
+    assert "\n" not in error.value.message
+    assert written(good, renderer, USER) == "<|im_start|>user\nHi<|im_end|>\n"
+
+
+def test_a_template_that_does_not_parse_is_refused_by_file_and_line(renderer: Renderer) -> None:
+    with pytest.raises(CheckpointError, match=r"^m\.gguf: chat template: line 2: Unexpected end"):
+        template("a\n{% for x in y %}")
+    with pytest.raises(CheckpointError, match=r"^m\.gguf: chat template: line 1: No filter named"):
+        written(template("{{ 'x' | nosuchfilter }}"), renderer, USER)
+
+
+def test_tools_and_documents_choose_the_template_made_for_them(renderer: Renderer) -> None:
+    made = template("D", tool_use="T", rag="R")
+    assert written(made, renderer, USER) == "D"
+    assert written(made, renderer, USER, tools=TOOLS) == "T"
+    assert written(made, renderer, USER, tools=[]) == "T"  # as transformers has it
+    assert written(made, renderer, USER, documents=[{"text": "x"}]) == "R"
+    assert written(made, renderer, USER, tools=TOOLS, documents=[{"text": "x"}]) == "T"
+    assert written(template("D"), renderer, USER, tools=TOOLS, documents=[{}]) == "D"
+    only = template(tool_use="T", rag="R")
+    with pytest.raises(
+        RequestError, match="has chat templates for rag, tool_use, and none that is"
+    ):
+        written(only, renderer, USER)
+
+
+def test_what_a_template_has_no_use_for_is_refused_by_name() -> None:
+    made = template("{{ messages }}", tool_use="{{ tools }}{{ enable_thinking }}")
+    made.refuse_unused({"tools": TOOLS, "documents": None, "enable_thinking": False})
+    made.refuse_unused({"tools": None, "documents": []})
+    for name, value in (("enable_thinking", False), ("documents", TOOLS)):
+        with pytest.raises(RequestError, match=f"has no use for {name}$"):
+            made.refuse_unused({name: value})
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{% for m in messages %}" + EACH_PART + "{% endfor %}", "(Hi)(you)"),
+        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", "[Hi\nyou]"),
+        ("{% for m in messages %}{{ m.content + '!' }}{% endfor %}", "Hi\nyou!"),
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "Hi\\nyou"}]'),
+    ],
+)
+def test_parts_are_given_to_templates_that_write_them_and_one_text_to_others(
+    renderer: Renderer, source: str, text: str
+) -> None:
+    made = template(source)
+    for _ in range(2):
+        assert written(made, renderer, PARTS) == text
+
+
+def test_templates_share_a_process_which_need_not_live(renderer: Renderer) -> None:
+    made = template(CHATML)
+    first = written(made, renderer, USER)
+    renderer.sandbox.close()
+    assert written(made, renderer, USER) == first
+
+
+def test_a_rendering_costs_little_more_than_in_this_process(renderer: Renderer) -> None:
+    made = template(CHATML)
+    chat = [USER] * 20
+    written(made, renderer, *chat)
+    taken = []
+    for _ in range(20):
+        started = time.perf_counter()
+        written(made, renderer, *chat)
+        taken.append(time.perf_counter() - started)
+    assert min(taken) < 0.005, os.getloadavg()

@@ -13,9 +13,17 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import AddedToken
 
+from roofline.config import option_path
 from roofline.errors import CheckpointError, UnsupportedError
+from roofline.tokenizer.chat_template import ChatTemplate
 from roofline.tokenizer.sentencepiece_bpe import SPACE, sentencepiece_bytes
-from roofline.tokenizer.vocabulary import Vocabulary, byte_level_bytes, refusing_bad_vocabulary
+from roofline.tokenizer.text_steps import runaway_step
+from roofline.tokenizer.vocabulary import (
+    TOKEN_NAMES,
+    Vocabulary,
+    byte_level_bytes,
+    refusing_bad_vocabulary,
+)
 
 Kind = TypeVar("Kind")
 
@@ -35,31 +43,49 @@ def vocabulary_from_folder(path: str | os.PathLike[str]) -> Vocabulary:
     """Check and build from tokenizer.json; the other files need not be there."""
     folder = Path(path)
     fields = _Fields(folder / "tokenizer.json")
+    fault = runaway_step(fields.get("normalizer", object), fields.get("pre_tokenizer", object))
+    if fault is not None:
+        raise UnsupportedError(f"{fields.file}: {fault}")
     piece_bytes, leads_with_space = _decoding(fields)
     bpe, size = _read_tokenizer(fields)
     config = _Fields(folder / "tokenizer_config.json", required=False)
-    bos_token, bos = _named_token(config, "bos_token", bpe)
-    eos_token, eos = _named_token(config, "eos_token", bpe)
+    named = {name: found for name in TOKEN_NAMES if (found := _named_token(config, name, bpe))}
     prefix, suffix = _surroundings(bpe)
     if max((*prefix, *suffix), default=0) >= size:
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: post_processor puts ids {[*prefix, *suffix]} around a "
             f"text, not all of which are in the vocabulary of {size}"
         )
-    named = {"bos_token": bos_token, "eos_token": eos_token}
+    ids = {name: id for name, (_, id) in named.items()}
     return Vocabulary(
         source=str(folder),
         bpe=bpe,
         size=size,
-        bos_token_id=bos,
-        eos_token_ids=() if eos is None else (eos,),
+        bos_token_id=ids.get("bos_token"),
+        eos_token_ids=(ids["eos_token"],) if "eos_token" in ids else (),
         prefix=prefix,
         suffix=suffix,
-        chat_template=_chat_template(folder / "chat_template.jinja", config),
-        template_tokens={name: text for name, text in named.items() if text is not None},
+        chat_templates=_chat_templates(folder, config),
+        context_tokens=_Fields(folder / "config.json", required=False).get(
+            "max_position_embeddings", int
+        ),
+        template_tokens={name: text for name, (text, _) in named.items()},
         piece_bytes=piece_bytes,
         leads_with_space=leads_with_space,
     )
+
+
+def read_chat_template(option: str) -> ChatTemplate:
+    """A template from its own text, a file of that, or a JSON file's field `chat_template`."""
+    if "{{" in option or "{%" in option:
+        return ChatTemplate({"default": option})
+    file = option_path("chat_template", option, "a file, or a template's text")
+    if file.suffix != ".json":
+        return ChatTemplate({"default": _read(file)}, str(file))
+    sources = _named_templates(_Fields(file))
+    if not sources:
+        raise CheckpointError(f"{file}: has no chat_template")
+    return ChatTemplate(sources, f"{file}: chat_template")
 
 
 class _Fields:
@@ -154,16 +180,16 @@ def _vocabulary_size(fields: _Fields) -> int:
     return max(id for _, id in pairs) + 1
 
 
-def _named_token(
-    config: _Fields, name: str, bpe: tokenizers.Tokenizer
-) -> tuple[str | None, int | None]:
-    """The text and id of `bos_token` or `eos_token`: a string, or an object with one."""
+def _named_token(config: _Fields, name: str, bpe: tokenizers.Tokenizer) -> tuple[str, int] | None:
+    """The text and id of such as `bos_token`: a string, or an object with one."""
     nested = isinstance(config.get(name, object), dict)
     text = config.get(f"{name}.content" if nested else name, str)
     if text is None:
-        return None, None
+        return None
     token = bpe.token_to_id(text)
     if token is None:
+        if name not in ("bos_token", "eos_token"):  # for training, and never written
+            return None
         raise config.wrong(name, f"{text!r} is not in the vocabulary")
     added = bpe.get_added_tokens_decoder().get(token)
     bpe.add_tokens([_special(added or AddedToken(text))])  # whatever tokenizer.json says of it
@@ -198,17 +224,35 @@ def _surroundings(bpe: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int
     return tuple(whole[:start]), tuple(whole[start + len(text) :])
 
 
-def _chat_template(file: Path, config: _Fields) -> str | None:
-    """The template in a file of its own, or else the config's, of several the one named default."""
-    if file.exists():
-        return _read(file)
+def _chat_templates(folder: Path, config: _Fields) -> dict[str, str]:
+    """The templates in files of their own, or else those in a config, by name.
+
+    As `transformers` looks for them (5.23, `tokenization_utils_base.py`, `_from_pretrained`); it
+    writes chat_template.json for processors, which have some models' only template.
+    """
+    files = {file.stem: file for file in folder.glob("additional_chat_templates/*.jinja")}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: _read(file) for name, file in files.items()}
+    processor = _Fields(folder / "chat_template.json", required=False)
+    return _named_templates(config) or _named_templates(processor)
+
+
+def _named_templates(config: _Fields) -> dict[str, str]:
+    """A config's `chat_template`: one, or a list of objects with a name and a template each."""
     value = config.get("chat_template", object)
     if not isinstance(value, list):
-        return config.get("chat_template", str)
+        single = config.get("chat_template", str)
+        return {} if single is None else {"default": single}
+    templates = {}
     for index, named in enumerate(value):
-        if not isinstance(named, dict) or not isinstance(named.get("template"), str):
-            raise config.wrong(f"chat_template[{index}]", "is not an object with a template")
-    return next((named["template"] for named in value if named.get("name") == "default"), None)
+        fields = named if isinstance(named, dict) else {}
+        name, template = fields.get("name"), fields.get("template")
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise config.wrong(f"chat_template[{index}]", "is not an object with name and template")
+        templates[name] = template
+    return templates
 
 
 def _read(file: Path) -> str:
@@ -218,11 +262,14 @@ def _read(file: Path) -> str:
             raise CheckpointError(f"{file}: {fault}")
         if file.stat().st_size > _MAX_FILE_BYTES:
             raise CheckpointError(f"{file}: is larger than {_MAX_FILE_BYTES} bytes")
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file}: is not UTF-8: {error.reason}") from None
+    if text.startswith("version https://git-lfs"):
+        raise CheckpointError(f"{file}: is a Git LFS pointer (git lfs pull fetches the file)")
+    return text
 
 
 def _named(value: object) -> str:

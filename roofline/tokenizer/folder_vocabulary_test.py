@@ -2,16 +2,17 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from roofline.errors import CheckpointError, RooflineError, UnsupportedError
-from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
+from roofline.errors import CheckpointError, RequestError, RooflineError, UnsupportedError
+from roofline.tokenizer.folder_vocabulary import read_chat_template, vocabulary_from_folder
 from roofline.tokenizer.tokenizer import Tokenizer
 from roofline.tokenizer.vocabulary_test import CHATML
 from tests.sentencepiece_model import write_tokenizer_json
@@ -137,16 +138,38 @@ def test_a_folder_needs_no_more_than_tokenizer_json(tmp_path: Path) -> None:
     assert tokenizer.encode("h")[:1] == [BOS]
 
 
-def test_the_templates_own_file_wins_then_the_one_named_default(tmp_path: Path) -> None:
+def test_the_templates_own_files_win_then_those_of_the_config(tmp_path: Path) -> None:
+    def found() -> Mapping[str, str]:
+        return vocabulary_from_folder(tmp_path).chat_templates
+
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    folder(tmp_path, original())
+    assert found() == {}
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "P"}')
+    assert found() == {"default": "P"}
     folder(tmp_path, original(), chat_template=named)
-    assert vocabulary_from_folder(tmp_path).chat_template == "D"
-    folder(tmp_path, original(), chat_template=named[:1])
-    assert vocabulary_from_folder(tmp_path).chat_template is None
+    assert found() == {"tool_use": "T", "default": "D"}
     folder(tmp_path, original(), chat_template="S")
-    assert vocabulary_from_folder(tmp_path).chat_template == "S"
+    assert found() == {"default": "S"}
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    assert vocabulary_from_folder(tmp_path).chat_template == CHATML
+    assert found() == {"default": CHATML}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R")
+    assert found() == {"default": CHATML, "rag": "R"}
+
+
+def test_tokens_that_templates_name_are_those_of_the_config(tmp_path: Path) -> None:
+    names = {"pad_token": "<pad>", "unk_token": {"content": "<tool>"}, "mask_token": None}
+    vocabulary = vocabulary_from_folder(folder(tmp_path, original(), **names))
+    assert vocabulary.template_tokens["unk_token"] == "<tool>"
+    assert "pad_token" not in vocabulary.template_tokens  # which the vocabulary has not
+    assert "mask_token" not in vocabulary.template_tokens
+
+
+def test_the_context_is_that_of_the_models_config(tmp_path: Path) -> None:
+    assert vocabulary_from_folder(folder(tmp_path, original())).context_tokens is None
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    assert vocabulary_from_folder(tmp_path).context_tokens == 512
 
 
 @pytest.mark.parametrize(
@@ -159,7 +182,7 @@ def test_the_templates_own_file_wins_then_the_one_named_default(tmp_path: Path) 
         (b"null", "is null; it must be a JSON object"),
         (b"[" * 100_000, "is not valid JSON"),
         (b'{"a": ' + b"1" * 5_000 + b"}", "is not valid JSON"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is not valid JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ],
     ids=range(8),
 )
@@ -209,6 +232,18 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "bad pattern": (
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
                            "invert": False}}, "is no usable tokenizer"),
+    "runaway pattern": (
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated",
+                           "invert": False}}, r"pattern '\(a\+\)\+b' is not supported; supported"),
+    "growing normalizer": (
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}},
+        "normalizer Replace is supported where it makes no text longer"),
+    "merge longer than any key": ({"model.merges": [["h", "x" * 10**6]]}, "is no usable tokenizer"),
+    "vocabulary missing": ({"model": {"type": "BPE", "merges": []}}, "model.vocab is missing or"),
+    "id of another": (
+        {"added_tokens": [{"id": 0, "content": "<z>", "special": True, "normalized": False,
+                           "single_word": False, "lstrip": False, "rstrip": False}]},
+        "gives '<z>' the id 0, which it cannot have"),
     "added is no list": ({"added_tokens": {}}, "added_tokens is dict; it must be list"),
     "added is no object": ({"added_tokens": ["x"]}, r"added_tokens\[0\] is not an object"),
     "added without id": ({"added_tokens": [{"content": "x"}]}, "gives 'x' the id None"),
@@ -234,6 +269,30 @@ def test_a_hostile_tokenizer_json_is_refused_by_file_and_field(
         vocabulary_from_folder(tmp_path)
     assert "tokenizer.json" in error.value.message
     assert "\n" not in error.value.message
+    assert len(error.value.message) < 500
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is larger than"):
+        vocabulary_from_folder(tmp_path)
+
+
+def test_a_text_the_pattern_gives_up_on_is_refused_and_the_next_is_not(tmp_path: Path) -> None:
+    tokenizer = original()
+    slow = Regex("[a-y]*[a-y]*[a-y]*[a-y]*[a-y]*(?![a-y]|$)")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(slow, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    ours = Tokenizer.from_folder(folder(tmp_path, tokenizer))
+    for parse_special in (True, False):
+        with pytest.raises(RequestError, match="the text of 200 characters cannot be cut"):
+            ours.encode("h" * 200, parse_special=parse_special)
+        assert ours.decode(ours.encode("hello", parse_special=parse_special)) == "hello"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +302,7 @@ def test_a_hostile_tokenizer_json_is_refused_by_file_and_field(
         ({"eos_token": 3}, "eos_token is int; it must be str"),
         ({"eos_token": {"content": 3}}, r"eos_token\.content is int"),
         ({"chat_template": 3}, "chat_template is int"),
-        ({"chat_template": [3]}, r"chat_template\[0\] is not an object with a template"),
+        ({"chat_template": [3]}, r"chat_template\[0\] is not an object with name"),
     ],
 )
 def test_a_bad_tokenizer_config_is_refused_by_field(
@@ -259,3 +318,41 @@ def test_every_truncation_of_tokenizer_json_is_refused(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_bytes(whole[:end])
         with pytest.raises(RooflineError):
             vocabulary_from_folder(tmp_path)
+
+
+def test_a_template_is_its_own_text_or_in_a_file(tmp_path: Path) -> None:
+    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D{{ 1 }}"}]
+    files = {
+        "own.jinja": "D{{ 1 }}",
+        "own.txt": "D{{ 1 }}",
+        "chat_template.json": json.dumps({"chat_template": "D{{ 1 }}"}),
+        "tokenizer_config.json": json.dumps({"eos_token": "x", "chat_template": named}),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for option in ("D{{ 1 }}", *(str(tmp_path / name) for name in files)):
+        assert read_chat_template(option).sources["default"] == "D{{ 1 }}"
+    assert read_chat_template("D{% if x %}{% endif %}").sources["default"].startswith("D{%")
+    assert read_chat_template(str(tmp_path / "tokenizer_config.json")).sources["tools"] == "T"
+
+
+def test_a_template_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path) -> None:
+    broken, none, wrong = tmp_path / "a.jinja", tmp_path / "none.json", tmp_path / "wrong.json"
+    broken.write_text("one\n{% if %}")
+    none.write_text('{"chat_template": []}')
+    wrong.write_text('{"chat_template": 7}')
+    (tmp_path / "binary.jinja").write_bytes(b"\xff")
+    for option, problem in {
+        str(broken): f"{broken}: line 2: ",
+        "{% if %}": "chat template: line 1: ",
+        str(none): f"{none}: has no chat_template",
+        str(wrong): f"{wrong}: chat_template is int; it must be str",
+        str(tmp_path / "binary.jinja"): "binary.jinja: is not UTF-8",
+        str(tmp_path): f"{tmp_path}: is not a regular file",
+        "chatml": "chat_template 'chatml': no such file or folder; give a file, or a template's",
+        "x" * 999: "cannot be read: File name too long; give a file",
+    }.items():
+        with pytest.raises(RooflineError) as caught:
+            read_chat_template(option)
+        assert problem in caught.value.message
+        assert "\n" not in caught.value.message

@@ -57,7 +57,8 @@ def vocabulary_from_gguf(metadata: Mapping[str, object], source: str) -> Vocabul
         eos_token_ids=tuple(dict.fromkeys(ends)),
         prefix=_added(keys, "bos", ids, default=kind.adds_bos),
         suffix=_added(keys, "eos", ids, default=False),
-        chat_template=keys.get("tokenizer.chat_template", str),
+        chat_templates=_chat_templates(keys),
+        context_tokens=keys.context_tokens,
         template_tokens={
             variable: tokens[token]
             for variable, name in _TEMPLATE_NAMES.items()
@@ -188,6 +189,12 @@ class _Keys:
                 raise self.wrong(f"{name}[{index}]", f"is {type(value).__name__}; it must be str")
         return values
 
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens of context of the model in the file, if there is one."""
+        tokens = self._metadata.get(f"{self._metadata.get('general.architecture')}.context_length")
+        return tokens if isinstance(tokens, int) else None
+
     def wrong(self, name: str, fault: str) -> CheckpointError:
         """Say what is wrong with a key."""
         return CheckpointError(f"{self.source}: {_full(name)} {fault}")
@@ -244,6 +251,16 @@ def _added_tokens(
         AddedToken(tokens[index], special=index in special, normalized=False)
         for index in sorted(added)
     ]
+
+
+def _chat_templates(keys: _Keys) -> dict[str, str]:
+    """The default one, and those for a purpose that `tokenizer.chat_templates` names."""
+    default = keys.get("tokenizer.chat_template", str)
+    templates = {} if default is None else {"default": default}
+    if keys.get("tokenizer.chat_templates", list) is not None:
+        for name in keys.strings("tokenizer.chat_templates"):
+            templates[name] = keys.require(f"tokenizer.chat_template.{name}", str)
+    return templates
 
 
 def _token_id(keys: _Keys, name: str, n_tokens: int) -> int | None:

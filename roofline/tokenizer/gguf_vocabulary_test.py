@@ -13,7 +13,14 @@ from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.gguf import GGUFFile
 from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
 from roofline.tokenizer.tokenizer import Tokenizer
-from roofline.tokenizer.vocabulary_test import ENDOFTEXT, IM_END, IM_START, SIZE, small_metadata
+from roofline.tokenizer.vocabulary_test import (
+    CHATML,
+    ENDOFTEXT,
+    IM_END,
+    IM_START,
+    SIZE,
+    small_metadata,
+)
 from tests.sentencepiece_model import gguf_metadata, trained
 
 TOKENS = small_metadata()["tokenizer.ggml.tokens"]
@@ -93,6 +100,8 @@ def test_an_end_token_is_special_whatever_type_it_has() -> None:
         ({"model": None}, r"tokenizer\.ggml\.model is missing"),
         ({"pre": None}, r"tokenizer\.ggml\.pre is missing"),
         ({"tokenizer.chat_template": 3}, r"tokenizer\.chat_template is int; it must be str"),
+        ({"tokenizer.chat_templates": ["rag"]}, r"tokenizer\.chat_template\.rag is missing"),
+        ({"tokenizer.chat_templates": [1]}, r"tokenizer\.chat_templates\[0\] is int; it must be"),
     ],
 )
 def test_bad_metadata_is_refused_by_file_and_key(changes: dict[str, Any], message: str) -> None:
@@ -105,7 +114,7 @@ def test_bad_metadata_is_refused_by_file_and_key(changes: dict[str, Any], messag
     ("changes", "message"),
     [
         ({"model": "bert"}, r"model 'bert' is not supported; supported: gpt2 .*, llama"),
-        ({"pre": "tekken"}, r"pre 'tekken' is not supported; supported: default, gpt-2"),
+        ({"pre": "falcon"}, r"pre 'falcon' is not supported; supported: deepseek-r1-qwen, default"),
         ({"add_space_prefix": True}, r"add_space_prefix true is not supported"),
     ],
 )
@@ -211,3 +220,12 @@ def test_the_real_vocabulary_is_built_in_half_a_second(smollm2_path: Path) -> No
     assert time.process_time() - start < 0.5
     assert vocabulary.size == 49_152
     assert vocabulary.eos_token_ids == (2,)
+
+
+def test_templates_for_a_purpose_and_the_context_are_read_beside_the_default() -> None:
+    changes = {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "T"}
+    context = {"general.architecture": "llama", "llama.context_length": 512}
+    vocabulary = vocabulary_from_gguf(small_metadata(**changes, **context), "model.gguf")
+    assert vocabulary.chat_templates == {"default": CHATML, "tool_use": "T"}
+    assert vocabulary.context_tokens == 512
+    assert vocabulary_from_gguf(small_metadata(), "model.gguf").context_tokens is None

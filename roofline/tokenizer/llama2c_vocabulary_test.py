@@ -31,7 +31,7 @@ def test_tokens_are_what_llama2c_takes_them_for(tmp_path: Path) -> None:
     assert (vocabulary.bos_token_id, vocabulary.eos_token_ids) == (BOS, (EOS, BOS))
     assert (vocabulary.prefix, vocabulary.suffix) == ((BOS,), ())
     assert vocabulary.template_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
-    assert vocabulary.chat_template is None
+    assert not vocabulary.chat_templates
 
 
 def test_every_truncation_is_refused_or_ends_between_two_tokens(tmp_path: Path) -> None:

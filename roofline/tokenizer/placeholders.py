@@ -11,10 +11,12 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from roofline.errors import RequestError
-from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.errors import RequestError, shown
 
 _MAX_DEPTH = 64  # levels of nesting in a message
+_MAX_INTEGER_BITS = 1024
+
+_NOT_WRITTEN = "continue_final_message: the chat template does not write the final message as it is"
 
 # Values that templates compare with: a caller chooses among them, but cannot forge with them.
 _WORDS = frozenset(
@@ -62,34 +64,49 @@ class SpecialTexts:
 
 
 def render_untrusted(
-    template: ChatTemplate,
+    render: Callable[[Mapping[str, Any]], str],
     specials: SpecialTexts,
     untrusted: Mapping[str, Any],
     trusted: Mapping[str, Any],
+    *,
+    continue_final_message: bool = False,
 ) -> list[str]:
-    """Render; return the text in pieces.
+    """What a template's `render` writes, in pieces, to the end of a final message to be continued.
 
     Those at odd indices are special tokens' texts that came with `untrusted`: not for parsing.
     """
     placeholders = _Placeholders(specials)
 
-    def render(change: Callable[[str], str]) -> list[str]:
+    def pieces_with(change: Callable[[str], str]) -> list[str]:
         values = {name: _changed(value, change, name) for name, value in untrusted.items()}
+        if continue_final_message:
+            placeholders.mark_end(values["messages"][-1])
         try:
-            return placeholders.pieces(template.render(**{**trusted, **values}))
+            rendered = render({**trusted, **values})
         except RequestError as error:
             raise RequestError("".join(placeholders.pieces(error.message))) from error
+        if continue_final_message:
+            rendered = placeholders.before_end(rendered)
+        return placeholders.pieces(rendered)
 
-    pieces = render(placeholders.hide)
+    pieces = pieces_with(placeholders.hide)
     if placeholders.met_fragments:
-        guarded = render(placeholders.guard)
+        guarded = pieces_with(placeholders.guard)
         if specials.written_by_template(guarded) != specials.written_by_template(pieces):
             pieces = guarded
     if placeholders.remain_in(pieces):
         raise RequestError(
             "the chat template takes apart a message that holds the text of a special token"
         )
+    if continue_final_message and _final_text(untrusted).strip() not in "".join(pieces):
+        raise RequestError(_NOT_WRITTEN)
     return pieces
+
+
+def _final_text(untrusted: Mapping[str, Any]) -> str:
+    """The text at the end of a conversation, in the last part of the last content."""
+    content = untrusted["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
 
 
 class _Placeholders:
@@ -104,6 +121,7 @@ class _Placeholders:
         self._specials = specials
         self._nonce = f"{secrets.randbits(128):039d}"
         self._indices = {"": 0}  # by the text that is stood in for; nothing for a mere joint
+        self._end = f"\x01{self._nonce}end\x01"
         mark = r"(?:\x01|\\+u0001|\\+x01)"
         self._pattern = re.compile(rf"{mark}{self._nonce}([0-9]+){mark}")
 
@@ -140,6 +158,22 @@ class _Placeholders:
         pieces.append(rendered[end:])
         return pieces
 
+    def mark_end(self, message: dict[str, Any]) -> None:
+        """Mark where a message's content ends; the space after shows if the template trims it."""
+        content = message["content"]
+        if isinstance(content, str):
+            message["content"] = f"{content}{self._end} "
+        else:
+            content[-1]["text"] += f"{self._end} "
+
+    def before_end(self, rendered: str) -> str:
+        """A rendering up to its mark, where the message goes on."""
+        before, mark, after = rendered.rpartition(self._end)
+        if not mark:
+            raise RequestError(_NOT_WRITTEN)
+        before = before.replace(f"{self._end} ", "")  # written before as well
+        return before if after.startswith(" ") else before.rstrip()
+
     def remain_in(self, pieces: Sequence[str]) -> bool:
         """Whether the template cut a placeholder up: half of one is left in its text."""
         halves = self._nonce[:19], self._nonce[19:]
@@ -154,6 +188,8 @@ def _changed(value: object, change: Callable[[str], str], where: str, depth: int
     """Copy what JSON can hold, with its strings changed; names that templates look up stay."""
     if isinstance(value, str):
         return change(value)
+    if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
+        raise RequestError(f"{where} is {shown(value)}; at most {_MAX_INTEGER_BITS} are taken")
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if depth == _MAX_DEPTH:

@@ -1,10 +1,11 @@
 """How text is cut into words before byte-pair merges, by the name GGUF files give it.
 
-The rules are those of the models' original tokenizer.json. No vocabulary here.
+The rules are those of the models' original tokenizers: docs/tokenizers.md says how they were held
+against them. No vocabulary here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -13,7 +14,7 @@ from roofline.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class PreTokenizerRule:
-    """What else a pre-tokenizer's name stands for in a GGUF file."""
+    """What a pre-tokenizer's name stands for in a GGUF file."""
 
     split: Callable[[], pre_tokenizers.PreTokenizer]
     normalizer: Callable[[], normalizers.Normalizer] | None = None
@@ -41,25 +42,62 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([digits, _gpt2()])
 
 
-def _tiktoken(digits: str) -> pre_tokenizers.PreTokenizer:
-    """Split as OpenAI's cl100k does, with runs of `digits`."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+def _cl100k(digits: str) -> pre_tokenizers.PreTokenizer:
+    """As OpenAI's cl100k cuts, with runs of `digits`."""
+    return _cut(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        digits,
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
     )
-    words = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
+
+
+def _tekken() -> pre_tokenizers.PreTokenizer:
+    """Words end before a capital that follows a small letter; a contraction is no word."""
+    capitals, small = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    return _cut(
+        r"[^\r\n\p{L}\p{N}]?" + f"{capitals}*{small}+",
+        r"[^\r\n\p{L}\p{N}]?" + f"{capitals}+{small}*",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+    )
+
+
+def _cut(*words: str) -> pre_tokenizers.PreTokenizer:
+    """Cut out what the first of these patterns matches; of white space, keep lines together."""
+    return _cut_by_each("|".join([*words, r"\s*[\r\n]+|\s+(?!\S)|\s+"]))
+
+
+def _default() -> pre_tokenizers.PreTokenizer:
+    """As llama.cpp cuts where the file's converter knew no rule."""
+    return _cut_by_each(
+        r"[\p{P}$+<=>^~|]+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    )
+
+
+def _cut_by_each(*patterns: str) -> pre_tokenizers.PreTokenizer:
+    """Cut out the matches of each pattern, and of the next one inside of what that leaves."""
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([words, to_bytes])
+    return pre_tokenizers.Sequence([*cuts, to_bytes])
 
 
-_GPT2_RULE = PreTokenizerRule(_gpt2)
-_LLAMA3_RULE = PreTokenizerRule(lambda: _tiktoken(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
+_LLAMA3_RULE = PreTokenizerRule(lambda: _cl100k(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
+_QWEN2_RULE = PreTokenizerRule(lambda: _cl100k(r"\p{N}"), normalizers.NFC)
+_TEKKEN_RULE = PreTokenizerRule(_tekken, ignore_merges=True, adds_bos=True)
 _RULES = {
-    "default": _GPT2_RULE,
-    "gpt-2": _GPT2_RULE,
+    "deepseek-r1-qwen": replace(_QWEN2_RULE, adds_bos=True),
+    "default": PreTokenizerRule(_default),
+    "gpt-2": PreTokenizerRule(_gpt2),
     "llama-bpe": _LLAMA3_RULE,
+    "llama-v3": _LLAMA3_RULE,
     "llama3": _LLAMA3_RULE,
-    "qwen2": PreTokenizerRule(lambda: _tiktoken(r"\p{N}"), normalizers.NFC),
+    "pixtral": _TEKKEN_RULE,
+    "qwen2": _QWEN2_RULE,
+    "smaug-bpe": replace(_LLAMA3_RULE, adds_bos=False),  # Llama 3.x whose tokenizer.json adds none
     "smollm": PreTokenizerRule(_smollm),
+    "tekken": _TEKKEN_RULE,
 }

@@ -5,9 +5,11 @@ is in `gguf_vocabulary`, `folder_vocabulary` and `llama2c_vocabulary`; how messa
 forging special tokens is in `placeholders`.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +18,9 @@ from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from roofline.errors import CheckpointError, RequestError
-from roofline.tokenizer.chat_template import ChatTemplate
+from roofline.sandbox import Sandbox
+from roofline.tokenizer.chat_template import ChatTemplate, Renderer
+from roofline.tokenizer.conversation import Conversation
 from roofline.tokenizer.folder_vocabulary import vocabulary_from_folder
 from roofline.tokenizer.gguf_vocabulary import vocabulary_from_gguf
 from roofline.tokenizer.llama2c_vocabulary import vocabulary_from_llama2c
@@ -25,11 +29,17 @@ from roofline.tokenizer.vocabulary import Vocabulary
 
 _MAX_SPECIAL_CHARACTERS = 1024
 
+# How much text a chat template may write.
+_BYTES_PER_TOKEN = 16
+_USUAL_CONTEXT_TOKENS = 1 << 17  # where the files do not say
+_MAX_CONTEXT_TOKENS = 1 << 21
+
 
 class Tokenizer:
     """Encodes and decodes for one model. Safe to share between threads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.kind = vocabulary.kind
         self.vocab_size = vocabulary.size
         self.bos_token_id = vocabulary.bos_token_id
         self.eos_token_ids = vocabulary.eos_token_ids
@@ -45,10 +55,13 @@ class Tokenizer:
         self._added_texts = {id: token.content for id, token in added.items()}
         self._special_texts = _special_texts(vocabulary, added.values())
         self._template_tokens = vocabulary.template_tokens
+        self._source = vocabulary.source
+        self._renderer = Renderer(Sandbox(), _max_chat_bytes(vocabulary.context_tokens))
         self.chat_template: ChatTemplate | None = None
-        if vocabulary.chat_template is not None:
+        if vocabulary.chat_templates:
             origin = f"{vocabulary.source}: chat template"
-            self.chat_template = ChatTemplate(vocabulary.chat_template, origin)
+            self.chat_template = ChatTemplate(vocabulary.chat_templates, origin)
+            self._renderer.start()
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], source: str) -> Self:
@@ -64,6 +77,13 @@ class Tokenizer:
     def from_llama2c(cls, path: str | os.PathLike[str]) -> Self:
         """Build from llama2.c's tokenizer.bin."""
         return cls(vocabulary_from_llama2c(path))
+
+    def with_chat_template(self, template: ChatTemplate) -> Self:
+        """The same tokenizer, whose chats another template writes."""
+        other = copy.copy(self)
+        other.chat_template = template
+        other._renderer.start()  # the same: one process serves both
+        return other
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
@@ -104,11 +124,21 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Turn a conversation into ids; special tokens are those the template writes, no others."""
-        pieces = self._render(messages, add_generation_prompt, variables)
+        """Turn a conversation into ids; special tokens are those the template writes, no others.
+
+        It ends where the assistant begins to answer, unless told otherwise or the final message is
+        to be continued.
+        """
+        conversation = Conversation(
+            messages, add_generation_prompt, continue_final_message, tools, documents, variables
+        )
+        pieces = self._render(conversation)
         if len(pieces) == 1:
             return self._parse(pieces[0])
         ids: list[int] = []
@@ -125,11 +155,21 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """A conversation as the template writes it, to show."""
-        return "".join(self._render(messages, add_generation_prompt, variables))
+        """A conversation as the template writes it, to show; see `apply_chat_template`."""
+        conversation = Conversation(
+            messages, add_generation_prompt, continue_final_message, tools, documents, variables
+        )
+        return "".join(self._render(conversation))
+
+    def close(self) -> None:
+        """End the process that renders chat templates; a later chat would start another."""
+        self._renderer.sandbox.close()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files from which `from_folder` builds this tokenizer again."""
@@ -140,29 +180,34 @@ class Tokenizer:
             whole.post_processor = TemplateProcessing(
                 single=[*before, "$A", *after], special_tokens=[(t, id) for id, t in around.items()]
             )
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._template_tokens}
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self._template_tokens,
+        }
         if self.chat_template is not None:
-            config["chat_template"] = self.chat_template.source
+            sources = self.chat_template.sources
+            config["chat_template"] = sources.get("default", "")
+            if set(sources) != {"default"}:
+                config["chat_template"] = [{"name": n, "template": t} for n, t in sources.items()]
         Path(folder, "tokenizer.json").write_text(whole.to_str(), encoding="utf-8")
         text = json.dumps(config, indent=2)
         Path(folder, "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-    def _render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> list[str]:
+    def _render(self, conversation: Conversation) -> list[str]:
         """The template's text, and at odd indices texts of special tokens that callers wrote."""
         template = self.chat_template
         if template is None:
-            raise RequestError("the model has no chat template; give a plain prompt")
-        _check_messages(messages)
+            raise RequestError(
+                f"{self._source}: has no chat template; give one with --chat-template "
+                "(chat_template= in Python), or a plain prompt"
+            )
+        template.refuse_unused(conversation.optional)
         return render_untrusted(
-            template,
+            partial(template.render, renderer=self._renderer),
             self._special_texts,
-            {"messages": messages, **variables},
-            {"add_generation_prompt": add_generation_prompt, **self._template_tokens},
+            {"messages": conversation.plain_messages(), **conversation.optional},
+            {"add_generation_prompt": conversation.generation_prompt, **self._template_tokens},
+            continue_final_message=conversation.continue_final_message,
         )
 
     def _parts(self, pieces: Sequence[str]) -> Iterator[str | int]:
@@ -170,7 +215,7 @@ class Tokenizer:
         for index, piece in enumerate(pieces):
             start = 0
             if piece and index % 2 == 0:
-                encoding = self._parsing.encode(_checked(piece), add_special_tokens=False)
+                encoding = _encoding(self._parsing, piece)
                 for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
                     if id in self.special_ids:
                         yield piece[start:begin]
@@ -179,11 +224,10 @@ class Tokenizer:
             yield piece[start:]
 
     def _parse(self, text: str) -> list[int]:
-        return self._parsing.encode(_checked(text), add_special_tokens=False).ids
+        return _encoding(self._parsing, text).ids
 
     def _encode_text(self, text: str, *, within: bool = False) -> list[int]:
-        plain = self._plain_within if within else self._plain
-        ids = plain.encode(_checked(text), add_special_tokens=False).ids
+        ids = _encoding(self._plain_within if within else self._plain, text).ids
         if not self.special_ids.isdisjoint(ids):  # a vocabulary whose merges make a special token
             token = next(id for id in ids if id in self.special_ids)
             raise RequestError(
@@ -191,6 +235,12 @@ class Tokenizer:
                 "which text of a request may not"
             )
         return ids
+
+
+def _max_chat_bytes(context_tokens: int | None) -> int:
+    """More text than a context holds, of any but odd text."""
+    tokens = min(max(context_tokens or _USUAL_CONTEXT_TOKENS, 1), _MAX_CONTEXT_TOKENS)
+    return _BYTES_PER_TOKEN * tokens
 
 
 def _special_texts(vocabulary: Vocabulary, added: Iterable[tokenizers.AddedToken]) -> SpecialTexts:
@@ -230,12 +280,17 @@ def _within_text(plain: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return within
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RequestError("messages must be a list of one message or more")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{index}] must be a mapping with a role that is a string")
+def _encoding(bpe: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """Encode, unless the text cannot be; an interrupt goes its way."""
+    try:
+        return bpe.encode(_checked(text), add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the library's Rust, which has no class
+            raise
+    raise RequestError(
+        f"the text of {len(text)} characters cannot be cut into words: some run of it takes more "
+        "than the 10 million tries there are for one word; give it in parts"
+    )
 
 
 def _checked(text: str) -> str:

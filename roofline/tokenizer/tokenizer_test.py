@@ -1,6 +1,9 @@
 """Tests of the tokenizer as others use it: hard strings, special tokens, chats, threads."""
 
+import gc
 import json
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -209,7 +212,7 @@ def test_a_special_token_that_eats_white_space_does_so_beside_forged_ones() -> N
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.add_tokens([AddedToken("<e>", special=True, rstrip=True, normalized=False)])
     template = "{{ messages[0].content }}<e>  a"
-    tokenizer = Tokenizer(Vocabulary("x", bpe, size=6, chat_template=template))
+    tokenizer = Tokenizer(Vocabulary("x", bpe, size=6, chat_templates={"default": template}))
     assert tokenizer.apply_chat_template([user("a ")]) == [0, 4, 5, 0]
     assert tokenizer.apply_chat_template([user("<e> ")]) == [1, 2, 3, 4, 5, 0]
 
@@ -274,13 +277,8 @@ def test_half_a_surrogate_pair_in_a_message_is_refused(content: str) -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "messages must be a list"),
-        ("hi", "messages must be a list"),
-        (None, "messages must be a list"),
-        (["hi"], r"messages\[0\] must be a mapping with a role"),
-        ([user("x"), {"content": "x"}], r"messages\[1\] must be a mapping with a role"),
-        ([{"role": 3}], r"messages\[0\] must be a mapping with a role"),
-        ([{"role": "user"}], "the chat template cannot write these messages: .*content"),
+        ([], "messages is empty"),
+        ([{"role": "user", "tool_calls": [{"name": "f"}]}], "cannot write these messages: .*cont"),
     ],
 )
 def test_bad_messages_are_refused_by_place(messages: Any, message: str) -> None:
@@ -294,7 +292,9 @@ def test_without_a_template_a_chat_is_refused_and_text_is_not() -> None:
     tokenizer = Tokenizer.from_gguf(small_metadata(**{"tokenizer.chat_template": None}), "m")
     assert tokenizer.chat_template is None
     assert tokenizer.encode("x") == [ord("x")]
-    with pytest.raises(RequestError, match="has no chat template; give a plain prompt"):
+    with pytest.raises(
+        RequestError, match=r"^m: has no chat template; give one with --chat-template"
+    ):
         tokenizer.apply_chat_template([user("x")])
 
 
@@ -318,3 +318,36 @@ def test_threads_may_parse_special_tokens_and_not_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         for turn, ids in enumerate(pool.map(encode, range(200))):
             assert ids == expected[turn % 2]
+
+
+def test_a_chat_is_limited_by_the_context_and_no_prompt_that_fits_is_refused() -> None:
+    context = {"general.architecture": "llama", "llama.context_length": 64}
+    tokenizer = Tokenizer.from_gguf(small_metadata(**context), "small.gguf")
+    assert len(tokenizer.render_chat([user("x" * 900)])) > 900
+    with pytest.raises(RequestError, match="the chat template writes more than the context can"):
+        tokenizer.render_chat([user("x" * 1100)])
+
+
+CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
+
+
+@pytest.mark.skipif(not CHILDREN.exists(), reason="this system does not list children")
+def test_the_process_for_chat_templates_ends_with_the_tokenizer() -> None:
+    def children() -> set[str]:
+        return set(CHILDREN.read_text().split())
+
+    before = children()
+    tokenizer = Tokenizer.from_gguf(small_metadata(), "small.gguf")
+    (mine,) = children() - before
+    tokenizer.close()
+    assert mine not in children()
+    assert tokenizer.render_chat([user("x")])  # in another
+    assert len(children() - before) == 1
+    del tokenizer
+    gc.collect()
+    assert not children() - before
+
+
+def test_a_tokenizer_without_a_template_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    Tokenizer.from_gguf(small_metadata(**{"tokenizer.chat_template": None}), "m")

@@ -8,6 +8,9 @@ import tokenizers
 
 from roofline.errors import CheckpointError
 
+# What special tokens are called in templates and in tokenizer_config.json.
+TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
 
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's byte-level alphabet: printable bytes are themselves, the others lie from U+0100 on.
@@ -20,6 +23,8 @@ def _byte_of_character() -> dict[str, int]:
         chr(256 + index): byte for index, byte in enumerate(others)
     }
 
+
+_MAX_REASON = 200  # characters: it may hold a token of the file, of any length
 
 BYTE_OF_CHARACTER = _byte_of_character()
 
@@ -43,10 +48,17 @@ class Vocabulary:
     eos_token_ids: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()  # ids the model wants before a text
     suffix: tuple[int, ...] = ()  # and after it
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)  # by name, such as default
+    context_tokens: int | None = None  # of the model, where its files say
     template_tokens: Mapping[str, str] = field(default_factory=dict)  # such as bos_token: '<s>'
     piece_bytes: Callable[[str], bytes] = byte_level_bytes  # what a token that is text stands for
     leads_with_space: bool = False  # decoding takes off the space that encoding puts before a text
+
+    @property
+    def kind(self) -> str:
+        """What its pieces are made of, in words."""
+        byte_level = self.piece_bytes is byte_level_bytes
+        return "byte-level BPE" if byte_level else "SentencePiece BPE"
 
 
 @contextmanager
@@ -60,6 +72,6 @@ def refusing_bad_vocabulary(source: str) -> Generator[None, None, None]:
         yield
     except BaseException as error:
         if type(error) in (Exception, TypeError) or type(error).__name__ == "PanicException":
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:_MAX_REASON]
             raise CheckpointError(f"{source}: is no usable tokenizer: {reason}") from error
         raise

@@ -7,7 +7,6 @@ before anything of that size is made. No architecture, tokenizer or tensor arith
 import math
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from roofline.errors import CheckpointError, UnsupportedError
 from roofline.models.checkpoints.gguf_dequantize import FORMATS
+from roofline.models.checkpoints.mapping import map_file
 
 Value = bool | int | float | str | list[str] | np.ndarray  # of one metadata key
 Kind = TypeVar("Kind", bool, int, float, str, list[str], np.ndarray)
@@ -38,10 +38,7 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """An open GGUF file, whose whole header has been checked.
-
-    As with any memory map, a file that someone truncates while it is open kills its reader.
-    """
+    """An open GGUF file, whose whole header has been checked."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -99,27 +96,15 @@ class GGUFFile:
 
 
 def _map(path: Path) -> mmap.mmap:
-    """Map a regular file that starts like a GGUF file; anything else is refused for what it is."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # opening a FIFO would wait for its writer
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise CheckpointError(f"{path}: is {kind}; a GGUF file is needed")
-        with path.open("rb") as file:
-            start = file.read(_SNIFFED_BYTES)
-            if not start.startswith(_MAGIC):
-                raise CheckpointError(f"{path}: {_what_instead(start)}, not a GGUF file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+    """Map a file that starts like a GGUF file; anything else is refused for what it is."""
+    mapped = map_file(path, "a GGUF file")
+    start = mapped[:_SNIFFED_BYTES]
+    if not start.startswith(_MAGIC):
+        raise CheckpointError(f"{path}: {_what_instead(start)}, not a GGUF file")
+    return mapped
 
 
 def _what_instead(start: bytes) -> str:
-    if not start:
-        return "is empty"
     for prefix, what in _OTHER_FORMATS.items():
         if start.lower().startswith(prefix):
             return what

@@ -7,6 +7,7 @@ What llama.cpp renames and reorders when it converts a model is undone here. No 
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from roofline.budget import QKV
 from roofline.config import ModelConfig, RopeScaling
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.gguf import GGUFFile, Kind, Value, described, quoted
 from roofline.models.checkpoints.gguf_dequantize import Q8_0_GROUP_SIZE, dequantize, q8_0_groups
+from roofline.models.checkpoints.gguf_split import open_gguf
+from roofline.models.checkpoints.rotary_order import half_split, rotary_heads
 from roofline.models.checkpoints.tensors import tensor_shapes
 from roofline.models.families import FAMILIES, gguf_architectures, gguf_family
 
@@ -27,10 +29,12 @@ class GGUFCheckpoint:
     """An open GGUF model; every tensor its config calls for is there, in the right shape."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._gguf = GGUFFile(path)
+        self._gguf = open_gguf(path)
         self.file: Path = self._gguf.path
         self.config: ModelConfig = read_config(self._gguf)
         self._sources = _sources(self.config)
+        interleaved = FAMILIES[self.config.architecture].gguf_rotary == "interleaved"
+        self._interleaved_heads = rotary_heads(self.config) if interleaved else {}
         _check_tensors(self._gguf, self._sources)
         self.native_groups: Mapping[str, int] = {
             name: Q8_0_GROUP_SIZE
@@ -39,9 +43,18 @@ class GGUFCheckpoint:
         }
 
     @property
-    def tokenizer_metadata(self) -> Mapping[str, Value]:
-        """The file's metadata, of which the keys `tokenizer.*` describe its tokenizer."""
+    def metadata(self) -> Mapping[str, Value]:
+        """The file's metadata; the keys `tokenizer.*` describe its tokenizer."""
         return self._gguf.metadata
+
+    @property
+    def matrix_bytes(self) -> dict[str, int]:
+        """Bytes of the file's matrices by ggml's type, the most first."""
+        found = Counter[str]()
+        for info in self._gguf.tensors.values():
+            if len(info.shape) == 2:
+                found[info.type] += info.nbytes
+        return dict(found.most_common())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor's shape by canonical name: [N, K], or [n] for a norm or a bias."""
@@ -52,7 +65,7 @@ class GGUFCheckpoint:
         source = self._sources[name]
         info = self._gguf.tensors[source.gguf_name]
         values = dequantize(self._gguf.raw(info.name), info.type, math.prod(info.shape))
-        return source.half_split(values.reshape(info.shape))
+        return self._half_split(name, values.reshape(info.shape))
 
     def read_int8(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """Return a tensor of `native_groups`: int8 [N, K] and float32 scales [N, K / 32]."""
@@ -62,11 +75,16 @@ class GGUFCheckpoint:
             values, scales = q8_0_groups(self._gguf.raw(source.gguf_name), rows, columns)
         except CheckpointError as error:
             raise CheckpointError(f"{self.file}: {source.gguf_name}: {error.message}") from None
-        return source.half_split(values), source.half_split(scales)
+        return self._half_split(name, values), self._half_split(name, scales)
 
     def close(self) -> None:
         """Let go of the file."""
         self._gguf.close()
+
+    def _half_split(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Undo what llama.cpp's converter (`LlamaModel.permute`) does to the rows of Q and K."""
+        heads = self._interleaved_heads.get(name)
+        return rows if heads is None else half_split(rows, heads)
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
@@ -224,24 +242,10 @@ class _Source:
 
     gguf_name: str
     shape: tuple[int, ...]
-    rotary_heads: int = 0  # heads whose rows are in interleaved rotary order; 0: rows in order
-
-    def half_split(self, rows: np.ndarray) -> np.ndarray:
-        """Bring rows [N, K] from interleaved to half-split rotary order.
-
-        llama.cpp rotates rows 2i and 2i + 1 of a head together, Hugging Face rows i and
-        i + head_dim / 2; its converter (`LlamaModel.permute`) moves the rows of Q and K.
-        """
-        if not self.rotary_heads:
-            return rows
-        pairs = rows.reshape(self.rotary_heads, -1, 2, rows.shape[1])  # [heads, head_dim / 2, 2, K]
-        return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _sources(config: ModelConfig) -> dict[str, _Source]:
     """Return every tensor the config calls for, by canonical name."""
-    interleaved = FAMILIES[config.architecture].gguf_rotary == "interleaved"
-    heads = dict(zip(QKV, (config.num_heads, config.num_kv_heads, 0), strict=True))
     sources: dict[str, _Source] = {}
     for name, shape in tensor_shapes(config).items():
         if name in _OUTER:
@@ -249,8 +253,7 @@ def _sources(config: ModelConfig) -> dict[str, _Source]:
             continue
         _, _, layer, piece = name.split(".", 3)  # model.layers.<layer>.<piece>.<kind>
         piece, kind = piece.rsplit(".", 1)
-        gguf_name = f"blk.{layer}.{_PIECES[piece]}.{kind}"
-        sources[name] = _Source(gguf_name, shape, heads.get(piece, 0) if interleaved else 0)
+        sources[name] = _Source(f"blk.{layer}.{_PIECES[piece]}.{kind}", shape)
     return sources
 
 
@@ -313,7 +316,7 @@ _PIECES = {  # of a layer
 _BIASES = "linear layers without bias, and Qwen2's of Q, K and V"
 
 # Keys that change the answer when they hold anything else: the file's, and the architecture's.
-_NEUTRAL_OF_FILE: dict[str, tuple[Value, ...]] = {"general.type": ("model",), "split.count": (1, 0)}
+_NEUTRAL_OF_FILE: dict[str, tuple[Value, ...]] = {"general.type": ("model",)}
 _NEUTRAL: dict[str, tuple[Value, ...]] = {
     "expert_count": (0,),
     "attention.causal": (True,),

@@ -285,12 +285,21 @@ def test_read_arrays_outlive_the_file_and_can_be_written(tmp_path: Path) -> None
     np.testing.assert_array_equal(values, contents["output_norm.weight"][0] + 1)
 
 
-def test_the_tokenizer_metadata_is_that_of_the_file(tmp_path: Path) -> None:
+def test_bytes_of_matrices_are_counted_by_type(tmp_path: Path) -> None:
+    contents = tensors("Q4_0")
+    contents["token_embd.weight"] = (contents["token_embd.weight"][0], "Q8_0")
+    weights = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2 + 3 * HIDDEN * FFN)
+    expected = {"Q4_0": weights // 32 * 18, "Q8_0": VOCAB * HIDDEN // 32 * 34}
+    found = GGUFCheckpoint(save(tmp_path, metadata(), contents)).matrix_bytes
+    assert list(found.items()) == list(expected.items())
+
+
+def test_the_metadata_is_that_of_the_file(tmp_path: Path) -> None:
     keys = metadata() | {"tokenizer.ggml.tokens": [f"t{i}" for i in range(VOCAB)]}
     path = save(tmp_path, keys, tensors())
     checkpoint = GGUFCheckpoint(path)
     assert checkpoint.file == path
-    assert checkpoint.tokenizer_metadata["tokenizer.ggml.tokens"] == keys["tokenizer.ggml.tokens"]
+    assert checkpoint.metadata["tokenizer.ggml.tokens"] == keys["tokenizer.ggml.tokens"]
 
 
 BAD_METADATA: dict[str, tuple[Metadata, str]] = {
@@ -299,7 +308,7 @@ BAD_METADATA: dict[str, tuple[Metadata, str]] = {
         "architecture 'gpt2' is not supported; supported: llama",
     ),
     "adapter": ({"general.type": "adapter"}, "general.type is the string 'adapter'"),
-    "split": ({"split.count": 3}, "split.count is the int 3"),
+    "part by metadata only": ({"split.count": 3}, "is one of 3 parts (split.count), but is not"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count is the int 8, which is not"),
     "experts of Qwen": (
         {"general.architecture": "qwen3moe"},

@@ -177,7 +177,7 @@ HOSTILE = {
     "pickle": (b"\x80\x02}q\x00.", "is a pickle, as torch.save writes them, not a GGUF file"),
     "web page": (b"<!DOCTYPE html>", "is a web page, not a GGUF file"),
     "other bytes": (b"safetensors", "starts with the bytes 73 61 66 65, not a GGUF file"),
-    "empty": (b"", "is empty, not a GGUF file"),
+    "empty": (b"", "is empty; a GGUF file is needed"),
 }
 
 

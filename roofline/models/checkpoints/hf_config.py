@@ -13,11 +13,10 @@ from typing import Any
 
 from roofline.config import CHANNEL, GROUP_SIZES, ModelConfig, RopeScaling, WeightFormat
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError, shown
+from roofline.models.checkpoints.generation_config import listed_eos_ids
 from roofline.models.checkpoints.json_fields import Fields, read_json
 from roofline.models.checkpoints.tensors import matrix_shapes
 from roofline.models.families import FAMILIES, Family
-
-_MAX_EOS_IDS = 1024
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
@@ -49,7 +48,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, int]]:
         sliding_window=_window(fields, family),
         architecture=family.model_type,
         bos_token_id=fields.optional_integer("bos_token_id"),
-        eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
+        eos_token_ids=listed_eos_ids(fields, vocab_size),
     )
     try:
         config = build()
@@ -217,23 +216,6 @@ def _rope_fields(config: ModelConfig) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_position,
         }
     return rope
-
-
-def _eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
-    """Every id that ends an answer: config.json's, and generation_config.json's if there."""
-    ids, path = _listed_ids(config, vocab_size), folder / "generation_config.json"
-    if path.exists():
-        ids += _listed_ids(Fields(read_json(path), str(path)), vocab_size)
-    return tuple(dict.fromkeys(ids))
-
-
-def _listed_ids(fields: Fields, vocab_size: int) -> list[int]:
-    value = fields.get("eos_token_id")
-    ids = [] if value is None else list(value) if isinstance(value, list) else [value]
-    good = all(type(token) is int and 0 <= token < vocab_size for token in ids)
-    if not good or len(ids) > _MAX_EOS_IDS:
-        raise fields.wrong("eos_token_id", f"ids of the vocabulary, 0 to {vocab_size - 1}")
-    return ids
 
 
 def _native_groups(fields: Fields, config: ModelConfig) -> dict[str, int]:

@@ -182,17 +182,6 @@ def test_unknown_rope_type_is_named(tmp_path: Path, kind: Any) -> None:
     assert f"rope_type {kind!r} is not supported; supported: default, linear" in error.message
 
 
-def test_generation_config_adds_its_eos_ids(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2, 9]}')
-    assert config_of(tmp_path).eos_token_ids == (2, 7, 9)
-
-
-def test_bad_eos_of_generation_config_names_that_file(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 200]}')
-    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id is \[7, 200"):
-        config_of(tmp_path)
-
-
 def test_remote_code_is_neither_imported_nor_minded(tmp_path: Path) -> None:
     marker = tmp_path / "was_imported"
     (tmp_path / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w')")

@@ -19,13 +19,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of sane size; CheckpointError names the file otherwise."""
     try:
         if not path.exists():
-            raise CheckpointError(f"{path}: no such file; a safetensors folder needs one")
+            raise CheckpointError(f"{path}: no such file")
         if not path.is_file():  # opening a FIFO would wait for its writer
             raise CheckpointError(f"{path}: not a regular file")
         with path.open("rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if text.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not JSON; run `git lfs pull`")
     if len(text) > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: too large for JSON; the limit is {MAX_JSON_BYTES:,} bytes")
     return parse_json(text, str(path))

@@ -3,24 +3,22 @@
 The file is untrusted. Where its tensors lie is worked out in `llama2c_layout`; no tokenizer here.
 """
 
-import mmap
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from roofline.budget import layer_tensor
 from roofline.config import GROUP_SIZES, ModelConfig
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.llama2c_layout import (
     LONGEST_HEADER_BYTES,
     Contents,
-    RotaryOrder,
     identify,
 )
+from roofline.models.checkpoints.mapping import map_file
+from roofline.models.checkpoints.rotary_order import RotaryOrder, half_split, rotary_heads
 
 
 class Llama2cCheckpoint:
@@ -34,7 +32,8 @@ class Llama2cCheckpoint:
         self, path: str | os.PathLike[str], *, rotary_order: RotaryOrder | None = None
     ) -> None:
         self.file = Path(path)
-        mapped = _map(self.file)
+        mapped = map_file(self.file, "a llama2.c .bin file")
+        _refuse_other_formats(self.file, mapped[:_SNIFFED_BYTES])
         try:
             contents = identify(mapped[:LONGEST_HEADER_BYTES], len(mapped))
         except RooflineError as error:  # which knows no path
@@ -44,7 +43,7 @@ class Llama2cCheckpoint:
         self._places, self._group = contents.places, contents.group
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(mapped, np.uint8)
         interleaved = (rotary_order or contents.layout.rotary_order) == "interleaved"
-        self._interleaved_heads = _rotary_heads(self.config) if interleaved else {}
+        self._interleaved_heads = rotary_heads(self.config) if interleaved else {}
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return a tensor as float32 [N, K] or [H], in memory of its own."""
@@ -87,16 +86,16 @@ class Llama2cCheckpoint:
         return np.frombuffer(self._bytes, dtype, count, offset)
 
     def _half_split(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Bring rows [N, K] of Q or K from interleaved to half-split rotary order.
-
-        llama2.c rotates rows 2i and 2i + 1 of a head together, Hugging Face rows i and
-        i + head_dim / 2.
-        """
         heads = self._interleaved_heads.get(name)
-        if heads is None:
-            return rows
-        pairs = rows.reshape(heads, -1, 2, rows.shape[1])  # [heads, head_dim / 2, 2, K]
-        return pairs.swapaxes(1, 2).reshape(rows.shape)
+        return rows if heads is None else half_split(rows, heads)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file starts as `torch.save` starts one; a file that cannot be read is none."""
+    try:
+        return _starts_pickle(map_file(path, "a file")[:_SNIFFED_BYTES])
+    except CheckpointError:
+        return False
 
 
 def _native_groups(contents: Contents) -> dict[str, int]:
@@ -110,38 +109,9 @@ def _native_groups(contents: Contents) -> dict[str, int]:
     }
 
 
-def _rotary_heads(config: ModelConfig) -> dict[str, int]:
-    """The tensors whose rows rotate, and how many heads they are of."""
-    heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
-    layers = range(config.num_layers)
-    return {layer_tensor(i, part): count for i in layers for part, count in heads.items()}
-
-
-def _map(path: Path) -> mmap.mmap:
-    """Map a regular file; one that is known to be something else is refused for what it is."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # opening a FIFO would wait for its writer
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise CheckpointError(f"{path}: is {kind}; a llama2.c .bin file is needed")
-        with path.open("rb") as file:
-            start = file.read(_SNIFFED_BYTES)
-            if not start:
-                raise CheckpointError(f"{path}: is empty")
-            _refuse_other_formats(path, start)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
-
-
 def _refuse_other_formats(path: Path, start: bytes) -> None:
     """Only what no header with sizes in bounds starts with."""
-    may_be_dim = b"\0" <= start[2:3] < b"\x10"  # of 2**20 at most
-    starts_pickle = start.startswith(b"\x80") and b"\x02" <= start[1:2] <= b"\x05"
-    if (starts_pickle and not may_be_dim) or start.startswith(b"PK\x03\x04"):
+    if _starts_pickle(start):
         raise UnsupportedError(
             f"{path}: not loaded: a pickle can run code; give a safetensors folder, "
             "a .gguf file or a .bin file of llama2.c"
@@ -149,6 +119,12 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     for beginning, what in _OTHER_FORMATS.items():
         if start.startswith(beginning):
             raise UnsupportedError(f"{path}: {what}")
+
+
+def _starts_pickle(start: bytes) -> bool:
+    may_be_dim = b"\0" <= start[2:3] < b"\x10"  # of 2**20 at most
+    bare = start.startswith(b"\x80") and b"\x02" <= start[1:2] <= b"\x05"
+    return (bare and not may_be_dim) or start.startswith(b"PK\x03\x04")
 
 
 _SNIFFED_BYTES = 64

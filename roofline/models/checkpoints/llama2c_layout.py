@@ -9,16 +9,14 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from roofline.budget import layer_tensor
 from roofline.config import ModelConfig
 from roofline.errors import CheckpointError, UnsupportedError
+from roofline.models.checkpoints.rotary_order import RotaryOrder
 from roofline.models.checkpoints.tensors import EMBEDDING, HEAD, NORM, tensor_shapes
 
 LONGEST_HEADER_BYTES = 256
-
-RotaryOrder = Literal["interleaved", "half-split"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from roofline.config import EngineConfig
 from roofline.errors import CheckpointError, RooflineError, UnsupportedError
 from roofline.models.checkpoints.llama2c import Llama2cCheckpoint
-from roofline.models.checkpoints.llama2c_layout import RotaryOrder
+from roofline.models.checkpoints.rotary_order import RotaryOrder
 from roofline.models.checkpoints.tensors import EMBEDDING, HEAD, NORM, tensor_shapes
 from tests.llama2c_writer import LAYOUTS, random_llama, write_model
 from tests.whole_model import WholeModel

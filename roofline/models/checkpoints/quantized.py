@@ -18,9 +18,13 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from roofline.config import ModelConfig, WeightFormat
+from roofline.config import WeightFormat
 from roofline.errors import CapacityError, UsageError
 from roofline.models.checkpoints import Checkpoint
+from roofline.models.checkpoints.generation_config import (
+    GENERATION_CONFIG,
+    generation_config_json,
+)
 from roofline.models.checkpoints.hf_config import write_config
 from roofline.models.checkpoints.reading import float_vector, int8_rows, tensor_groups
 from roofline.models.checkpoints.safetensors_folder import (
@@ -31,18 +35,14 @@ from roofline.models.checkpoints.safetensors_folder import (
     stored_tensors,
 )
 from roofline.models.checkpoints.tensors import vector_shapes
-from roofline.tokenizer import Tokenizer
+from roofline.models.opening import OpenedModel
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ITEM_BYTES = {"F32": 4, "I8": 1}
 
 
 def write_quantized(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer | None,
-    folder: Path,
-    weights: WeightFormat,
-    progress: Callable[[str], None],
+    opened: OpenedModel, folder: Path, weights: WeightFormat, progress: Callable[[str], None]
 ) -> None:
     """Quantise a model into a new safetensors folder; `progress` is told each tensor's name.
 
@@ -53,7 +53,7 @@ def write_quantized(
         raise UsageError(f"quantization '{weights.quantization}' cannot be written; int8 can")
     if os.path.lexists(folder):
         raise UsageError(f"{folder}: exists already; name a folder to be made")
-    config = _with_eos_of(tokenizer, checkpoint.config)
+    checkpoint, config = opened.checkpoint, opened.config
     groups = tensor_groups(config, weights, checkpoint.native_groups)
     plan = _plan_file(stored_tensors(config, groups))
     with (
@@ -66,15 +66,12 @@ def write_quantized(
             _write_tensors(checkpoint, groups, plan, file, progress)
         text = write_config(config, weights, groups)
         (partial / "config.json").write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(partial)
+        if opened.sampling_defaults:
+            text = generation_config_json(opened.sampling_defaults)
+            (partial / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+        if opened.tokenizer is not None:
+            opened.tokenizer.save(partial)
         partial.rename(folder)
-
-
-def _with_eos_of(tokenizer: Tokenizer | None, config: ModelConfig) -> ModelConfig:
-    """A config that keeps what only the tokenizer knew: a folder's names one EOS, not a list."""
-    ids = (*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()))
-    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ids)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from roofline.models.checkpoints.safetensors_folder import SINGLE, SafetensorsCh
 from roofline.models.checkpoints.tensors import EMBEDDING, matrix_shapes, tensor_shapes
 from roofline.models.decoder import Decoder
 from roofline.models.layers import Source
+from roofline.models.opening import OpenedModel
 from roofline.parallel.mesh import Mesh
 from roofline.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ def silent(_: str) -> None:
 
 
 def write(checkpoint: Checkpoint, folder: Path, weights: WeightFormat | None = None) -> None:
-    write_quantized(checkpoint, None, folder, weights or WeightFormat(), silent)
+    write_quantized(OpenedModel(checkpoint), folder, weights or WeightFormat(), silent)
 
 
 def loaded(checkpoint: Checkpoint, weights: WeightFormat) -> dict[str, Tensor]:
@@ -107,8 +108,8 @@ def test_gguf_offline_is_the_model_that_quantising_at_load_gives(
     smollm2_path: Path, tmp_path: Path
 ) -> None:
     checkpoint = GGUFCheckpoint(smollm2_path)
-    tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata, str(smollm2_path))
-    write_quantized(checkpoint, tokenizer, tmp_path / "out", WeightFormat(), silent)
+    tokenizer = Tokenizer.from_gguf(checkpoint.metadata, str(smollm2_path))
+    write_quantized(OpenedModel(checkpoint, tokenizer), tmp_path / "out", WeightFormat(), silent)
     assert_same_tokenizer(Tokenizer.from_folder(tmp_path / "out"), tokenizer)
     written = SafetensorsCheckpoint(tmp_path / "out")
     assert written.config == checkpoint.config
@@ -159,7 +160,7 @@ def test_tokenizer_of_a_gguf_is_saved_with_the_ids_it_puts_around_a_text(
 ) -> None:
     checkpoint = GGUFCheckpoint(smollm2_path)
     adds = {"tokenizer.ggml.add_bos_token": adds_bos, "tokenizer.ggml.add_eos_token": adds_eos}
-    tokenizer = Tokenizer.from_gguf({**checkpoint.tokenizer_metadata, **adds}, "x.gguf")
+    tokenizer = Tokenizer.from_gguf({**checkpoint.metadata, **adds}, "x.gguf")
     assert len(tokenizer.encode("a")) == 1 + adds_bos + adds_eos
     assert_saved_as_it_was(tokenizer, tmp_path)
 
@@ -167,7 +168,7 @@ def test_tokenizer_of_a_gguf_is_saved_with_the_ids_it_puts_around_a_text(
 def assert_saved_as_it_was(tokenizer: Tokenizer, folder: Path) -> None:
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
     checkpoint = DummyCheckpoint(config, 0)
-    write_quantized(checkpoint, tokenizer, folder / "out", WeightFormat(), silent)
+    write_quantized(OpenedModel(checkpoint, tokenizer), folder / "out", WeightFormat(), silent)
     again = Tokenizer.from_folder(folder / "out")
     for text in ("a b", ""):
         assert again.encode(text) == tokenizer.encode(text)
@@ -230,7 +231,7 @@ def test_tied_model_has_one_table_on_disk(float_folder: Path, tmp_path: Path) ->
 def test_progress_hears_of_every_tensor_once(tmp_path: Path) -> None:
     heard: list[str] = []
     checkpoint = DummyCheckpoint(CONFIG, 0)
-    write_quantized(checkpoint, None, tmp_path / "out", WeightFormat(), heard.append)
+    write_quantized(OpenedModel(checkpoint), tmp_path / "out", WeightFormat(), heard.append)
     assert sorted(heard) == sorted(tensor_shapes(CONFIG))
 
 
@@ -378,5 +379,5 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_quantized(Watched(fine), None, tmp_path / "out", WeightFormat(), interrupt)
+        write_quantized(OpenedModel(Watched(fine)), tmp_path / "out", WeightFormat(), interrupt)
     assert list(tmp_path.iterdir()) == []

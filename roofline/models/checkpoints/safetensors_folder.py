@@ -31,7 +31,7 @@ class SafetensorsCheckpoint:
         self.config, self.native_groups = read_config(folder)
         self._folder = folder
         self._files: dict[str, Any] = {}  # tensor name -> open file that holds it
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             self._add_file(path)
         self._check_tensors()
 
@@ -147,7 +147,7 @@ def _dequantize(values: Any, scales: Any, group: int) -> Any:
     return floats
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: the single one, or else those of the index."""
     try:
         names = [path.name for path in folder.iterdir()]
@@ -157,7 +157,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if INDEX in names:
         return [folder / name for name in _shards(folder / INDEX)]
-    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    others = set(names) - {"tokenizer.bin"}  # llama2.c's
+    pickles = sorted(name for name in others if name.endswith(_PICKLES))
     if pickles:
         raise UnsupportedError(
             f"{folder}: {pickles[0]!r} is a pickle, which can run code and is never loaded; "

@@ -4,10 +4,11 @@ import ctypes
 from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any, ClassVar
 
-VERSION = 2
+VERSION = 4
 
 EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD = range(6)
-INT8, BFLOAT16, FLOAT32 = range(3)
+READ_MEMORY, DOT_ACTIVATIONS, DOT_INT8 = range(6, 9)  # for benchmarks
+INT8, BFLOAT16, FLOAT32, OFFSET_INT8 = range(4)
 
 _Field = tuple[str, Any]
 
@@ -45,7 +46,7 @@ class NormQkvRopeStore(Structure):
         *_fields("step residual delta norm", eps=c_double, qkv=Weight),
         *_fields("bias q_norm k_norm rope", rope_length=c_int64),
         *_fields("positions slots keys values", **_numbers("heads kv_heads head_dim block_tokens")),
-        *_fields("normed mixed out"),
+        *_fields("normed quantized mixed out"),
     ]
 
 
@@ -63,7 +64,10 @@ class Attention(Structure):
 class Linear(Structure):
     """`Ops.linear`."""
 
-    _fields_: ClassVar[list[_Field]] = [*_fields("step x", weight=Weight), *_fields("out")]
+    _fields_: ClassVar[list[_Field]] = [
+        *_fields("step x", weight=Weight),
+        *_fields("quantized out"),
+    ]
 
 
 class NormGateUpSwiglu(Structure):
@@ -71,7 +75,7 @@ class NormGateUpSwiglu(Structure):
 
     _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta norm", eps=c_double, gate_up=Weight),
-        *_fields("normed out"),
+        *_fields("normed quantized out"),
     ]
 
 
@@ -80,7 +84,16 @@ class NormHead(Structure):
 
     _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta sampled norm", eps=c_double, head=Weight),
-        *_fields("normed out", out_stride=c_int64),
+        *_fields("normed quantized out", out_stride=c_int64),
+    ]
+
+
+class Measure(Structure):
+    """What a benchmark repeats."""
+
+    _fields_: ClassVar[list[_Field]] = [
+        *_fields("buffer", count=c_int64),
+        *_fields("sink"),
     ]
 
 
@@ -99,6 +112,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # name -> what it returns, wha
     "roofline_tape_play": (None, [c_void_p, c_void_p]),
     "roofline_pack": (
         None,
-        [c_void_p, c_void_p, *[c_int64] * 5, ctypes.c_int, c_void_p, c_void_p],
+        [c_void_p, c_void_p, *[c_int64] * 5, ctypes.c_int, ctypes.c_int, c_void_p, c_void_p],
     ),
 }

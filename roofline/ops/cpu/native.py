@@ -5,12 +5,13 @@ An op runs at once, or is recorded on a tape that replays it with the sizes of a
 
 import ctypes
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from roofline.budget import quantized_values
 from roofline.errors import CapacityError
 from roofline.ops import Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.cpu import abi
@@ -88,13 +89,14 @@ class NativeOps(Ops):
         """See `Ops.norm_qkv_rope_store`."""
         tokens, heads, dim = out.shape
         kv_heads, block_tokens = kv_pool.shape[3:5]
-        mixed = self.scratch[: tokens * qkv.rows]
-        normed = self.scratch[tokens * qkv.rows :]
+        hidden = residual.shape[1]
+        sizes = tokens * hidden, quantized_values(tokens, hidden), tokens * qkv.rows
+        normed, quantized, mixed = self._room(*sizes)
         arguments = abi.NormQkvRopeStore(
             *self._pointers(self._step, residual, delta, norm), eps, _layout(qkv),
             *self._pointers(bias, q_norm, k_norm, rope), rope.shape[1],
             *self._pointers(inputs.positions, inputs.slots, kv_pool[layer, 0], kv_pool[layer, 1]),
-            heads, kv_heads, dim, block_tokens, *self._pointers(normed, mixed, out),
+            heads, kv_heads, dim, block_tokens, *self._pointers(normed, quantized, mixed, out),
         )  # fmt: skip
         self._run(abi.NORM_QKV_ROPE_STORE, arguments, tokens)
 
@@ -124,7 +126,7 @@ class NativeOps(Ops):
     def linear(self, x: Tensor, weight: Weight, out: Tensor) -> None:
         """See `Ops.linear`."""
         arguments = abi.Linear(
-            *self._pointers(self._step, x), _layout(weight), *self._pointers(out)
+            *self._pointers(self._step, x), _layout(weight), *self._pointers(self.scratch, out)
         )
         self._run(abi.LINEAR, arguments, tokens=len(x))
 
@@ -140,7 +142,7 @@ class NativeOps(Ops):
         """See `Ops.norm_gate_up_swiglu`."""
         arguments = abi.NormGateUpSwiglu(
             *self._pointers(self._step, residual, delta, norm), eps, _layout(gate_up),
-            *self._pointers(self.scratch, out),
+            *self._pointers(*self._normed(residual), out),
         )  # fmt: skip
         self._run(abi.NORM_GATE_UP_SWIGLU, arguments, tokens=len(out))
 
@@ -157,9 +159,19 @@ class NativeOps(Ops):
         """See `Ops.norm_head`."""
         arguments = abi.NormHead(
             *self._pointers(self._step, residual, delta, sampled, norm), eps, _layout(head),
-            *self._pointers(self.scratch, out), out.stride(0),
+            *self._pointers(*self._normed(residual, len(sampled)), out), out.stride(0),
         )  # fmt: skip
         self._run(abi.NORM_HEAD, arguments, sampled=len(sampled))
+
+    def _normed(self, residual: Tensor, tokens: int | None = None) -> Sequence[Tensor]:
+        """Room for normed activations, and for those as INT8."""
+        rows, hidden = residual.shape
+        tokens = rows if tokens is None else tokens
+        return self._room(tokens * hidden, quantized_values(tokens, hidden))
+
+    def _room(self, *sizes: int) -> Sequence[Tensor]:
+        """Parts of the scratch buffer, one after the other, of so many floats."""
+        return self.scratch[: sum(sizes)].split(sizes)
 
     def _pointers(self, *tensors: Tensor | None) -> list[int | None]:
         return [address(tensor) for tensor in tensors]

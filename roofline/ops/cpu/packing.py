@@ -16,7 +16,13 @@ def can_pack(columns: int, group: int, offset: int) -> bool:
     return columns % 4 == 0 and group % 4 == 0 and offset % 4 == 0
 
 
-def pack(library: Library, weight: Int8Weight | FloatWeight, *, paired: bool) -> PackedWeight:
+def pack(
+    library: Library,
+    weight: Int8Weight | FloatWeight,
+    *,
+    paired: bool = False,
+    int8_activations: bool = False,
+) -> PackedWeight:
     """Pack a matrix; `paired`: the first and second half of its rows in turn, 16 by 16."""
     rows, columns = weight.values.shape
     source, source_scales, scales = weight.values.contiguous(), None, None
@@ -26,15 +32,25 @@ def pack(library: Library, weight: Int8Weight | FloatWeight, *, paired: bool) ->
         group, offset, groups = weight.group, weight.offset, source_scales.shape[1]
         scales = torch.empty(padded_rows(rows) * groups)
     values = torch.empty(padded_rows(rows) * columns, dtype=source.dtype)
+    kind = _KINDS[source.dtype]
+    if kind == abi.INT8 and int8_activations:
+        kind = abi.OFFSET_INT8
     chunks = _block_chunks(padded_rows(rows) // LANES, paired)
     library.functions.roofline_pack(
         *(source.data_ptr(), address(source_scales), rows, columns, groups),
-        *(source.element_size(), chunks, paired, values.data_ptr(), address(scales)),
+        *(
+            source.element_size(),
+            chunks,
+            paired,
+            kind == abi.OFFSET_INT8,
+            values.data_ptr(),
+            address(scales),
+        ),
     )
     extremes = source.dtype == torch.int8 and bool((source == -128).any())
     layout = abi.Weight(
         *(values.data_ptr(), address(scales), rows, columns, group, offset),
-        *(_KINDS[source.dtype], chunks, extremes),
+        *(kind, chunks, extremes),
     )
     return PackedWeight(values, scales, rows, layout)
 

@@ -16,7 +16,7 @@
 
 using namespace roofline;
 
-EXPORT int roofline_abi_version() { return 2; }
+EXPORT int roofline_abi_version() { return 4; }
 
 // Names of the ISAs this library has and this CPU can run, best first; null past the last.
 EXPORT const char* roofline_isa(int index) {
@@ -49,7 +49,7 @@ EXPORT void roofline_tape_play(void* pool, const void* tape) {
 
 EXPORT void roofline_pack(const void* values, const float* scales, int64_t rows, int64_t columns,
                           int64_t groups, int64_t item_bytes, int64_t chunks, int paired,
-                          void* packed_values, float* packed_scales) {
-    pack_values(values, rows, columns, item_bytes, chunks, paired != 0, packed_values);
+                          int offset, void* packed_values, float* packed_scales) {
+    pack_values(values, rows, columns, item_bytes, chunks, paired != 0, offset != 0, packed_values);
     if (scales) pack_scales(scales, rows, groups, chunks, paired != 0, packed_scales);
 }

@@ -13,7 +13,8 @@ struct Step {
     int64_t rows;     // R, rows of the tables that may hold a request
 };
 
-enum WeightKind : int64_t { INT8 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
+// OFFSET_INT8 is INT8 with 128 added, for activations that are INT8 too.
+enum WeightKind : int64_t { INT8, BFLOAT16, FLOAT32, OFFSET_INT8 };
 
 // A matrix [rows, columns] packed for SIMD lanes: blocks of `chunks` times 16 rows; in a block
 // [columns / 4][chunks][16 rows][4 columns] (bfloat16: [2][16][2], float32: [4][16] inside), rows
@@ -53,9 +54,10 @@ struct NormQkvRopeStore {
     void* keys;    // of this layer: [blocks, Hkv, block_tokens, D]
     void* values;  // the same
     int64_t heads, kv_heads, head_dim, block_tokens;
-    void* normed;  // [T, H] activations
-    float* mixed;  // [T, (Hq + 2 Hkv) D]
-    void* out;     // [T, Hq, D]
+    void* normed;     // [T, H] activations
+    void* quantized;  // room for them as INT8, with OFFSET_INT8 weights
+    float* mixed;     // [T, (Hq + 2 Hkv) D]
+    void* out;        // [T, Hq, D]
 };
 
 struct Attention {
@@ -77,6 +79,7 @@ struct Linear {
     const Step* step;
     const void* x;  // [T, K]
     Weight weight;
+    void* quantized;
     float* out;  // [T, N]
 };
 
@@ -88,6 +91,7 @@ struct NormGateUpSwiglu {
     double eps;
     Weight gate_up;  // gate and up rows in turn, 16 by 16
     void* normed;    // [T, H]
+    void* quantized;
     void* out;       // [T, F]
 };
 
@@ -100,11 +104,30 @@ struct NormHead {
     double eps;
     Weight head;
     void* normed;  // [S, H]
-    float* out;    // [S, V]
+    void* quantized;
+    float* out;  // [S, V]
     int64_t out_stride;
 };
 
-enum Op : int64_t { EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD, OPS };
+// For benchmarks: `count` bytes of a buffer to read, or steps to repeat.
+struct Measure {
+    const void* buffer;
+    int64_t count;
+    float* sink;  // [64]
+};
+
+enum Op : int64_t {
+    EMBED,
+    NORM_QKV_ROPE_STORE,
+    ATTENTION,
+    LINEAR,
+    NORM_GATE_UP_SWIGLU,
+    NORM_HEAD,
+    READ_MEMORY,
+    DOT_ACTIVATIONS,  // of the activation dtype
+    DOT_INT8,
+    OPS
+};
 
 class Team;
 // Every thread of the team calls an op with the same arguments.

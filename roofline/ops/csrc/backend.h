@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops.h"
+#include "peaks.h"
 
 namespace roofline {
 namespace RL_ISA {
@@ -14,6 +15,9 @@ static void fill_table(Kernel* table) {
     table[LINEAR] = linear<X>;
     table[NORM_GATE_UP_SWIGLU] = norm_gate_up_swiglu<X>;
     table[NORM_HEAD] = norm_head<X>;
+    table[READ_MEMORY] = read_memory;
+    table[DOT_ACTIVATIONS] = dot_floats<X>;
+    table[DOT_INT8] = dot_int8;
 }
 
 static Backend make_backend(const char* name) {

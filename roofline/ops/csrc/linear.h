@@ -18,6 +18,41 @@ constexpr int TILE_TOKENS = 96;    // tokens whose totals a block keeps at hand
 constexpr int DIRECT_TOKENS = 4;   // up to here weights go from memory through registers only
 constexpr int MICRO_TOKENS = 6;
 
+// A block of a matrix: where it begins and how tall it is.
+struct Block {
+    const char* values;
+    const float* scales;
+    int64_t chunks;     // of 16 rows
+    int64_t first_row;
+};
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t padded_columns(const Weight& w) { return ceil_div(w.columns, 4) * 4; }
+INLINE bool is_int8(const Weight& w) { return w.kind == INT8 || w.kind == OFFSET_INT8; }
+INLINE int64_t item_bytes(int64_t kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
+INLINE int64_t group_count(const Weight& w) {
+    return is_int8(w) ? ceil_div(w.columns + w.offset, w.group) : 1;
+}
+INLINE int64_t block_count(const Weight& w) {
+    return ceil_div(ceil_div(w.rows, LANES), w.chunks);
+}
+INLINE Block block_at(const Weight& w, int64_t index) {
+    const int64_t first = index * w.chunks, chunks = ceil_div(w.rows, LANES);
+    return {static_cast<const char*>(w.values) + first * LANES * padded_columns(w) * item_bytes(w.kind),
+            w.scales + first * LANES * group_count(w),
+            chunks - first < w.chunks ? chunks - first : w.chunks, first * LANES};
+}
+
+// The columns of one group: [begin, end), end padded to whole quads at the end of the matrix.
+INLINE void group_columns(const Weight& w, int64_t group, int64_t& begin, int64_t& end) {
+    const int64_t columns = padded_columns(w);
+    begin = 0, end = columns;
+    if (!is_int8(w)) return;
+    if (group) begin = group * w.group - w.offset;
+    const int64_t next = (group + 1) * w.group - w.offset;
+    if (next < w.columns) end = next;
+}
+
 // How weights meet activations. A panel is [columns][chunks][16] (bfloat16: [columns / 2][chunks]
 // [16][2]); `step` columns of it are multiplied by one `Multiplier`.
 #if defined(__AVX512BF16__)
@@ -53,7 +88,7 @@ struct Panel {  // float32 arithmetic
     template <int M, int C>
     static INLINE void direct(const void* quads, int64_t kind, bool, const X* x, int64_t stride,
                               Vec (&sums)[M][C]) {
-        const int64_t bytes = 64 << kind;
+        const int64_t bytes = 64 * item_bytes(kind);
         for (int c = 0; c < C; ++c) {
             Vec columns[4];
             widen_columns(static_cast<const char*>(quads) + c * bytes, kind, columns);
@@ -136,7 +171,7 @@ struct Panel<uint16_t> {  // pairs of bfloat16 products, summed in float32 by VD
     template <int M, int C>
     static INLINE void direct(const void* quads, int64_t kind, bool extremes, const uint16_t* x,
                               int64_t stride, Vec (&sums)[M][C]) {
-        const int64_t bytes = 64 << kind;
+        const int64_t bytes = 64 * item_bytes(kind);
         for (int c = 0; c < C; ++c) {
             __m512i pairs[2];
             widen_pairs(static_cast<const char*>(quads) + c * bytes, kind, extremes, pairs);
@@ -149,39 +184,6 @@ struct Panel<uint16_t> {  // pairs of bfloat16 products, summed in float32 by VD
 };
 #endif
 
-// A block of a matrix: where it begins and how tall it is.
-struct Block {
-    const char* values;
-    const float* scales;
-    int64_t chunks;     // of 16 rows
-    int64_t first_row;
-};
-
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-INLINE int64_t padded_columns(const Weight& w) { return ceil_div(w.columns, 4) * 4; }
-INLINE int64_t group_count(const Weight& w) {
-    return w.kind == INT8 ? ceil_div(w.columns + w.offset, w.group) : 1;
-}
-INLINE int64_t block_count(const Weight& w) {
-    return ceil_div(ceil_div(w.rows, LANES), w.chunks);
-}
-INLINE Block block_at(const Weight& w, int64_t index) {
-    const int64_t first = index * w.chunks, chunks = ceil_div(w.rows, LANES);
-    return {static_cast<const char*>(w.values) + first * LANES * (padded_columns(w) << w.kind),
-            w.scales + first * LANES * group_count(w),
-            chunks - first < w.chunks ? chunks - first : w.chunks, first * LANES};
-}
-
-// The columns of one group: [begin, end), end padded to whole quads at the end of the matrix.
-INLINE void group_columns(const Weight& w, int64_t group, int64_t& begin, int64_t& end) {
-    const int64_t columns = padded_columns(w);
-    begin = 0, end = columns;
-    if (w.kind != INT8) return;
-    if (group) begin = group * w.group - w.offset;
-    const int64_t next = (group + 1) * w.group - w.offset;
-    if (next < w.columns) end = next;
-}
-
 // Totals of M tokens and C chunks straight from the packed matrix.
 template <class X, int M, int C>
 static void multiply_direct(const Weight& w, const Block& block, const X* x, int64_t stride,
@@ -189,7 +191,7 @@ static void multiply_direct(const Weight& w, const Block& block, const X* x, int
     Vec total[M][C];
     for (int m = 0; m < M; ++m)
         for (int c = 0; c < C; ++c) total[m][c] = fill(0.0f);
-    const int64_t groups = group_count(w), quad = C * (64 << w.kind);
+    const int64_t groups = group_count(w), quad = C * 64 * item_bytes(w.kind);
     const bool extremes = w.extremes != 0;
     for (int64_t g = 0; g < groups; ++g) {
         int64_t begin, end;
@@ -263,7 +265,7 @@ static void multiply_tile(const Weight& w, const Block& block, int tokens, const
     alignas(64) typename P::Item panel[PANEL_COLUMNS * C * LANES];
     alignas(64) float sums[TILE_TOKENS * C * LANES];
     for (int i = 0; i < tokens * C * LANES; i += LANES) store(totals + i, fill(0.0f));
-    const int64_t groups = group_count(w), quad = 64 << w.kind;
+    const int64_t groups = group_count(w), quad = 64 * item_bytes(w.kind);
     for (int64_t g = 0; g < groups; ++g) {
         int64_t begin, end;
         group_columns(w, g, begin, end);
@@ -304,35 +306,167 @@ static void multiply_chunks(const Weight& w, const Block& block, int tokens, con
     }
 }
 
-// Totals [tokens][chunks][16] of at most TILE_TOKENS tokens x [tokens, stride] and one block.
+// Tokens as INT8: for each group of columns a scale, max |x| / 127, and the sum of its values.
+struct Quantized {
+    int8_t* values;  // [T, K]
+    float* scales;   // [T, groups]
+    int32_t* sums;   // [T, groups]
+};
+
+INLINE Quantized quantized_at(void* room, int64_t tokens, const Weight& w) {
+    const int64_t groups = group_count(w);
+    float* scales = static_cast<float*>(room);
+    int32_t* sums = reinterpret_cast<int32_t*>(scales + tokens * groups);
+    return {reinterpret_cast<int8_t*>(sums + tokens * groups), scales, sums};
+}
+
 template <class X>
-static void multiply_block(const Weight& w, const Block& block, int tokens, const X* x,
-                           int64_t stride, float* totals) {
-    switch (block.chunks) {
-        case 1: return multiply_chunks<X, 1>(w, block, tokens, x, stride, totals);
-        case 2: return multiply_chunks<X, 2>(w, block, tokens, x, stride, totals);
-        case 3: return multiply_chunks<X, 3>(w, block, tokens, x, stride, totals);
-        default: return multiply_chunks<X, 4>(w, block, tokens, x, stride, totals);
+static void quantize(const Weight& w, const X* x, int8_t* values, float* scales, int32_t* sums) {
+    const auto at = [&](int64_t k) {
+        if constexpr (sizeof(X) == 2) return bf16_to_float(x[k]);
+        else return x[k];
+    };
+    for (int64_t g = 0; g < group_count(w); ++g) {
+        int64_t begin, end;
+        group_columns(w, g, begin, end);
+        float most = 0.0f;
+        for (int64_t k = begin; k < end; ++k) {
+            const float size = std::fabs(at(k));
+            most = size > most || size != size ? size : most;
+        }
+        const float scale = most < 1.17549435e-38f ? 1.0f : most / 127.0f;
+        int32_t sum = 0;
+        for (int64_t k = begin; k < end; ++k) {
+            const float q = std::nearbyintf(at(k) / scale);
+            values[k] = q == q ? int8_t(q) : int8_t(0);  // a NaN is in the scale
+            sum += values[k];
+        }
+        scales[g] = scale;
+        sums[g] = sum;
     }
+}
+
+template <int M, int C>
+static void multiply_int8(const Weight& w, const Block& block, int64_t group, const Quantized& x,
+                          int64_t first, float* totals) {
+    const int64_t groups = group_count(w);
+    int64_t begin, end;
+    group_columns(w, group, begin, end);
+    Ints sums[M][C];
+    for (int m = 0; m < M; ++m)  // 128 too much in every weight
+        for (int c = 0; c < C; ++c)
+            sums[m][c] = fill_ints(-128 * x.sums[(first + m) * groups + group]);
+    const uint8_t* weights =
+        reinterpret_cast<const uint8_t*>(block.values) + begin / 4 * C * 64;
+    for (int64_t k = begin; k < end; k += 4, weights += C * 64) {
+        __builtin_prefetch(weights + 2048);
+        if (C > 1) __builtin_prefetch(weights + 2048 + 64);
+        if (C > 2) __builtin_prefetch(weights + 2048 + 128);
+        if (C > 3) __builtin_prefetch(weights + 2048 + 192);
+        for (int m = 0; m < M; ++m)
+            for (int c = 0; c < C; ++c)
+                sums[m][c] = dot_quads(sums[m][c], weights + c * 64,
+                                       x.values + (first + m) * w.columns + k);
+    }
+    for (int c = 0; c < C; ++c) {
+        const Vec scale = load(block.scales + (group * C + c) * LANES);
+        for (int m = 0; m < M; ++m) {
+            float* total = totals + (m * C + c) * LANES;
+            const Vec both = scale * fill(x.scales[(first + m) * groups + group]);
+            const Vec so_far = group ? load(total) : fill(0.0f);
+            store(total, fma(to_floats(sums[m][c]), both, so_far));
+        }
+    }
+}
+
+template <int C>
+static void multiply_int8_tile(const Weight& w, const Block& block, int tokens, const Quantized& x,
+                               int64_t first, float* totals) {
+    for (int64_t g = 0; g < group_count(w); ++g)
+        for (int t = 0; t < tokens; t += MICRO_TOKENS) {
+            float* out = totals + t * C * LANES;
+            switch (tokens - t) {
+                case 1: multiply_int8<1, C>(w, block, g, x, first + t, out); break;
+                case 2: multiply_int8<2, C>(w, block, g, x, first + t, out); break;
+                case 3: multiply_int8<3, C>(w, block, g, x, first + t, out); break;
+                case 4: multiply_int8<4, C>(w, block, g, x, first + t, out); break;
+                case 5: multiply_int8<5, C>(w, block, g, x, first + t, out); break;
+                default: multiply_int8<6, C>(w, block, g, x, first + t, out);
+            }
+        }
+}
+
+// What a matrix is multiplied by: activations [T, K] and, with OFFSET_INT8 weights, those as INT8.
+template <class X>
+struct Input {
+    const X* x;
+    Quantized quantized;
+};
+
+// Totals [tokens][chunks][16] of at most TILE_TOKENS tokens, from token `first` on, and one block.
+template <class X>
+static void multiply_block(const Weight& w, const Block& block, int tokens, const Input<X>& input,
+                           int64_t first, float* totals) {
+    if (w.kind == OFFSET_INT8) {
+        const Quantized& x = input.quantized;
+        switch (block.chunks) {
+            case 1: return multiply_int8_tile<1>(w, block, tokens, x, first, totals);
+            case 2: return multiply_int8_tile<2>(w, block, tokens, x, first, totals);
+            case 3: return multiply_int8_tile<3>(w, block, tokens, x, first, totals);
+            default: return multiply_int8_tile<4>(w, block, tokens, x, first, totals);
+        }
+    }
+    const X* x = input.x + first * w.columns;
+    switch (block.chunks) {
+        case 1: return multiply_chunks<X, 1>(w, block, tokens, x, w.columns, totals);
+        case 2: return multiply_chunks<X, 2>(w, block, tokens, x, w.columns, totals);
+        case 3: return multiply_chunks<X, 3>(w, block, tokens, x, w.columns, totals);
+        default: return multiply_chunks<X, 4>(w, block, tokens, x, w.columns, totals);
+    }
+}
+
+// Make the input of a matrix ready; `room` is for its INT8 form.
+template <class X>
+static Input<X> prepare(const Weight& w, int64_t tokens, const X* x, void* room, Team& team) {
+    Input<X> input{x, {}};
+    if (w.kind != OFFSET_INT8) return input;
+    const Quantized q = input.quantized = quantized_at(room, tokens, w);
+    const int64_t groups = group_count(w);
+    team.run(tokens, 1, [&](int64_t t) {
+        quantize(w, x + t * w.columns, q.values + t * w.columns, q.scales + t * groups,
+                 q.sums + t * groups);
+    });
+    return input;
+}
+
+// For every block of rows and every TILE_TOKENS tokens: done(block, first token, tokens, totals).
+template <class X, class Done>
+static void multiply_each(const Weight& w, int64_t tokens, const Input<X>& input, Team& team,
+                          Done&& done) {
+    team.run(block_count(w), 1, [&](int64_t index) {
+        alignas(64) float totals[TILE_TOKENS * MAX_CHUNKS * LANES];
+        const Block block = block_at(w, index);
+        for (int64_t first = 0; first < tokens; first += TILE_TOKENS) {
+            const int count = int(tokens - first < TILE_TOKENS ? tokens - first : TILE_TOKENS);
+            multiply_block(w, block, count, input, first, totals);
+            done(block, first, count, totals);
+        }
+    });
 }
 
 // out [T, stride] = x [T, K] times the transposed matrix; a task is a block of rows.
 template <class X>
-static void multiply(const Weight& w, int64_t tokens, const X* x, float* out, int64_t out_stride,
-                     Team& team) {
-    team.run(block_count(w), 1, [&](int64_t index) {
-        alignas(64) float totals[TILE_TOKENS * MAX_CHUNKS * LANES];
-        const Block block = block_at(w, index);
-        const int64_t left = w.rows - block.first_row, height = block.chunks * LANES;
-        const int64_t rows = left < height ? left : height;
-        for (int64_t start = 0; start < tokens; start += TILE_TOKENS) {
-            const int count = int(tokens - start < TILE_TOKENS ? tokens - start : TILE_TOKENS);
-            multiply_block(w, block, count, x + start * w.columns, w.columns, totals);
-            for (int t = 0; t < count; ++t)
-                std::memcpy(out + (start + t) * out_stride + block.first_row, totals + t * height,
-                            size_t(rows) * sizeof(float));
-        }
-    });
+static void multiply(const Weight& w, int64_t tokens, const X* x, void* room, float* out,
+                     int64_t stride, Team& team) {
+    const Input<X> input = prepare(w, tokens, x, room, team);
+    multiply_each(w, tokens, input, team,
+                  [&](const Block& block, int64_t first, int count, const float* totals) {
+                      const int64_t left = w.rows - block.first_row, height = block.chunks * LANES;
+                      const size_t bytes = size_t(left < height ? left : height) * sizeof(float);
+                      for (int t = 0; t < count; ++t)
+                          std::memcpy(out + (first + t) * stride + block.first_row,
+                                      totals + t * height, bytes);
+                  });
 }
 
 }  // namespace RL_ISA

@@ -45,7 +45,7 @@ static void add_and_norm(int64_t tokens, int64_t columns, float* residual, const
 static void embed(const void* arguments, Team& team) {
     const Embed& a = *static_cast<const Embed*>(arguments);
     const Weight& w = a.table;
-    const int64_t columns = w.columns, bytes = 1 << w.kind;
+    const int64_t columns = w.columns, bytes = item_bytes(w.kind);
     team.run(a.step->tokens, 1, [&](int64_t t) {
         float* out = a.out + t * columns;
         const int64_t row = a.token_ids[t] - a.first_id;
@@ -57,10 +57,11 @@ static void embed(const void* arguments, Team& team) {
         const int64_t chunk = (row - block.first_row) / LANES, lane = row % LANES;
         for (int64_t k = 0; k < columns; ++k) {
             const char* quad = block.values + (k / 4 * block.chunks + chunk) * 64 * bytes;
-            if (w.kind == INT8) {
+            if (is_int8(w)) {
                 const int64_t g = (k + w.offset) / w.group;
                 const float scale = block.scales[(g * block.chunks + chunk) * LANES + lane];
-                out[k] = float(reinterpret_cast<const int8_t*>(quad)[4 * lane + k % 4]) * scale;
+                const char item = quad[4 * lane + k % 4];
+                out[k] = float(w.kind == INT8 ? int8_t(item) : int(uint8_t(item)) - 128) * scale;
             } else if (w.kind == BFLOAT16) {
                 const int64_t place = k % 4 / 2 * 32 + 2 * lane + k % 2;
                 out[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(quad)[place]);
@@ -95,7 +96,7 @@ static void norm_qkv_rope_store(const void* arguments, Team& team) {
     const int64_t tokens = a.step->tokens, hidden = a.qkv.columns, dim = a.head_dim;
     X* normed = static_cast<X*>(a.normed);
     add_and_norm(tokens, hidden, a.residual, a.delta, a.norm, float(a.eps), normed, team);
-    multiply(a.qkv, tokens, normed, a.mixed, a.qkv.rows, team);
+    multiply(a.qkv, tokens, normed, a.quantized, a.mixed, a.qkv.rows, team);
     const int64_t heads = a.heads + 2 * a.kv_heads;
     team.run(tokens * heads, 4, [&](int64_t task) {
         const int64_t t = task / heads, head = task % heads, position = a.positions[t];
@@ -125,7 +126,8 @@ static void norm_qkv_rope_store(const void* arguments, Team& team) {
 template <class X>
 static void linear(const void* arguments, Team& team) {
     const Linear& a = *static_cast<const Linear*>(arguments);
-    multiply(a.weight, a.step->tokens, static_cast<const X*>(a.x), a.out, a.weight.rows, team);
+    multiply(a.weight, a.step->tokens, static_cast<const X*>(a.x), a.quantized, a.out,
+             a.weight.rows, team);
 }
 
 // silu(gate) * up, 16 channels
@@ -141,20 +143,17 @@ static void norm_gate_up_swiglu(const void* arguments, Team& team) {
     X* normed = static_cast<X*>(a.normed);
     X* activated = static_cast<X*>(a.out);
     add_and_norm(tokens, w.columns, a.residual, a.delta, a.norm, float(a.eps), normed, team);
-    team.run(block_count(w), 1, [&](int64_t index) {
-        alignas(64) float totals[TILE_TOKENS * MAX_CHUNKS * LANES];
-        const Block block = block_at(w, index);
-        for (int64_t start = 0; start < tokens; start += TILE_TOKENS) {
-            const int count = int(tokens - start < TILE_TOKENS ? tokens - start : TILE_TOKENS);
-            multiply_block(w, block, count, normed + start * w.columns, w.columns, totals);
-            for (int t = 0; t < count; ++t)
-                for (int64_t c = 0; c < block.chunks; c += 2) {
-                    const float* gate = totals + (t * block.chunks + c) * LANES;
-                    X* out = activated + (start + t) * channels + (block.first_row + c * LANES) / 2;
-                    store(out, swiglu(load(gate), load(gate + LANES)));
-                }
-        }
-    });
+    const Input<X> input = prepare(w, tokens, normed, a.quantized, team);
+    multiply_each(w, tokens, input, team,
+                  [&](const Block& block, int64_t first, int count, const float* totals) {
+                      for (int t = 0; t < count; ++t)
+                          for (int64_t c = 0; c < block.chunks; c += 2) {
+                              const float* gate = totals + (t * block.chunks + c) * LANES;
+                              const int64_t channel = (block.first_row + c * LANES) / 2;
+                              store(activated + (first + t) * channels + channel,
+                                    swiglu(load(gate), load(gate + LANES)));
+                          }
+                  });
 }
 
 template <class X>
@@ -167,7 +166,7 @@ static void norm_head(const void* arguments, Team& team) {
         rms_norm(a.residual + t * hidden, a.delta + t * hidden, a.norm, float(a.eps), hidden,
                  normed + s * hidden);
     });
-    multiply(a.head, sampled, normed, a.out, a.out_stride, team);
+    multiply(a.head, sampled, normed, a.quantized, a.out, a.out_stride, team);
 }
 
 }  // namespace RL_ISA

@@ -25,7 +25,7 @@ void each_chunk(int64_t rows, int64_t chunks, Visit visit) {
 
 template <class Item>
 void pack_items(const Item* values, int64_t rows, int64_t columns, int64_t chunks, bool paired,
-                Item* packed) {
+                Item* packed, Item flip = 0) {
     const int64_t padded = (columns + 3) / 4 * 4;
     each_chunk(rows, chunks, [&](int64_t chunk, int64_t height, int64_t place, int64_t first) {
         Item* block = packed + first * LANES * padded;
@@ -40,6 +40,7 @@ void pack_items(const Item* values, int64_t rows, int64_t columns, int64_t chunk
                                    : sizeof(Item) == 2 ? i / 2 * 32 + 2 * lane + i % 2
                                                        : i * LANES + lane;
                 quad[at] = row < rows && k < columns ? from[k] : Item(0);
+                if constexpr (sizeof(Item) == 1) quad[at] ^= flip;
             }
         }
     });
@@ -48,10 +49,10 @@ void pack_items(const Item* values, int64_t rows, int64_t columns, int64_t chunk
 }  // namespace
 
 void pack_values(const void* values, int64_t rows, int64_t columns, int64_t item_bytes,
-                 int64_t chunks, bool paired, void* packed) {
+                 int64_t chunks, bool paired, bool offset, void* packed) {
     if (item_bytes == 1)
         pack_items(static_cast<const int8_t*>(values), rows, columns, chunks, paired,
-                   static_cast<int8_t*>(packed));
+                   static_cast<int8_t*>(packed), offset ? int8_t(-128) : int8_t(0));
     else if (item_bytes == 2)
         pack_items(static_cast<const uint16_t*>(values), rows, columns, chunks, paired,
                    static_cast<uint16_t*>(packed));

@@ -224,6 +224,39 @@ INLINE void pair_to_floats(const uint16_t* p, Vec out[2]) {
 
 #endif
 
+// Sixteen 32-bit integers: sums of products of unsigned and signed bytes, four to a lane.
+#if defined(__AVX512VNNI__)
+struct Ints {
+    __m512i v;
+};
+INLINE Ints fill_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+INLINE Ints dot_quads(Ints sum, const uint8_t* weights, const int8_t* x) {
+    int quad;
+    std::memcpy(&quad, x, 4);
+    return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(weights), _mm512_set1_epi32(quad))};
+}
+INLINE Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+#else
+struct Ints {
+    int32_t v[LANES];
+};
+INLINE Ints fill_ints(int32_t x) {
+    Ints a;
+    for (int32_t& lane : a.v) lane = x;
+    return a;
+}
+INLINE Ints dot_quads(Ints sum, const uint8_t* weights, const int8_t* x) {
+    for (int t = 0; t < LANES; ++t)
+        for (int i = 0; i < 4; ++i) sum.v[t] += int32_t(weights[4 * t + i]) * x[i];
+    return sum;
+}
+INLINE Vec to_floats(Ints a) {
+    float lanes[LANES];
+    for (int t = 0; t < LANES; ++t) lanes[t] = float(a.v[t]);
+    return load(lanes);
+}
+#endif
+
 INLINE float sum_lanes(Vec a) {  // one order on every ISA: halves, halves of halves, ...
     float lanes[LANES];
     store(lanes, a);

@@ -1,0 +1,1 @@
+"""What the Python doors share: results, requests with their text, and the loaded model behind."""

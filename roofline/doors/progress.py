@@ -1,0 +1,48 @@
+"""Bars on stderr: a model that loads, prompts that are answered. What they show is counted here."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from roofline.doors.outputs import RequestOutput
+
+
+@contextlib.contextmanager
+def loading_bar(
+    verb: str, num_tensors: int, note: str | None = None
+) -> Iterator[Callable[[str], None]]:
+    """A line if there is one, and a bar advanced by each tensor's name; nothing off a terminal."""
+    console = Console(stderr=True)
+    if note is not None and console.is_terminal:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(verb, total=num_tensors)
+        yield lambda name: bar.update(task, advance=1, description=f"{verb} {name}")
+
+
+@contextlib.contextmanager
+def prompts_bar(num_prompts: int, *, show: bool) -> Iterator[Callable[[RequestOutput], None]]:
+    """Advanced by each finished answer: how many, and tokens a second in and out so far."""
+    columns = (
+        TextColumn("Prompts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(
+            "input: {task.fields[read]:.1f} tok/s, output: {task.fields[written]:.1f} tok/s"
+        ),
+    )
+    started, read, written = time.monotonic(), 0, 0
+
+    def advance(output: RequestOutput) -> None:
+        nonlocal read, written
+        read += len(output.prompt_token_ids)
+        written += sum(len(answer.token_ids) for answer in output.outputs)
+        elapsed = time.monotonic() - started
+        bar.update(task, advance=1, read=read / elapsed, written=written / elapsed)
+
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task("", total=num_prompts, read=0.0, written=0.0)
+        yield advance
