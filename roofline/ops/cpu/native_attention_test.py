@@ -1,4 +1,4 @@
-"""Native attention against the reference: any mix of rows, windows, head shapes; NaN and inf too."""
+"""Native attention against the reference: any mix of rows, windows, heads; NaN and inf too."""
 
 import functools
 
@@ -51,9 +51,7 @@ def native(library: Library, dtype: torch.dtype, threads: int = 2) -> NativeOps:
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Within tolerance; NaN and inf in the same places."""
     limit = TOLERANCE[dtype] * float(expected.float().nan_to_num(0, 0, 0).abs().max())
-    torch.testing.assert_close(
-        actual.float(), expected.float(), rtol=0, atol=limit, equal_nan=True
-    )
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=limit, equal_nan=True)
 
 
 @OVER_SHAPES
