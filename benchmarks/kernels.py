@@ -29,6 +29,10 @@ LAYERS = 40  # copies of each matrix: 3 to 80 MB, so that none stays in a cache
 READ_BYTES, DOT_STEPS = 1 << 28, 20_000
 LANE_PRODUCTS = {"float32": 16, "bfloat16": 32, "int8": 64}  # of one dot step
 TOKENS = (1, 16, 512)
+LINE = (
+    "{activations:9} {kernel:20} {tokens:4} tokens {us:9.1f} us {gb_s:6.1f} GB/s "
+    "{gmac_s:7.1f} GMAC/s {roofline:6.1%} of the roof"
+)
 
 
 def main() -> None:
@@ -49,10 +53,9 @@ def main() -> None:
         row for activations in ("bfloat16", "int8") for row in bench.kernels(activations, peaks)
     ]
     for row in rows:
-        print(f"{row['activations']:9} {row['kernel']:20} {row['tokens']:4} tokens {row['us']:9.1f} us "
-              f"{row['gb_s']:6.1f} GB/s {row['gmac_s']:7.1f} GMAC/s {row['roofline']:6.1%} of the roof")  # fmt: skip
-    print(json.dumps({"benchmark": "kernels", "isa": library.isa_name, **vars(arguments),
-                      **peaks, "kernels": rows}))  # fmt: skip
+        print(LINE.format(**row))
+    figures = {"isa": library.isa_name, **peaks, "kernels": rows}
+    print(json.dumps({"benchmark": "kernels", **vars(arguments), **figures}))
 
 
 class Bench:

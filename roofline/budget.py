@@ -14,7 +14,7 @@ from pathlib import Path
 from roofline.config import GROUP_SIZES, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 SCALE_BYTES = 4
 LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
@@ -233,6 +233,9 @@ def plan_step_buffers(
         sampled = max(rows, LOGIT_ROWS)
         buffers["sampled"] = ((sampled,), "int64")
         buffers["logits"] = ((sampled, model.vocab_size), "float32")
+        buffers["temperature"] = ((sampled,), "float64")
+        for name in ("seed", "choice_position", "chosen"):
+            buffers[name] = ((sampled,), "int64")
         if parallel.tensor_parallel_size > 1:
             vocabulary = len(parallel.vocabulary(model, tp))
             buffers["logits_shard"] = ((sampled, vocabulary), "float32")

@@ -29,6 +29,7 @@ class InputTables:
         names = "token_ids", "positions", "slots", "query_start", "context_len", "block_table"
         self._views = {name: arena[name].numpy() for name in (*names, "last_token", "step")}
         self._arena, self._block_size = arena, block_size
+        self.choices = Choices(arena)
         self._held = [0] * arena["block_table"].shape[0]  # blocks in each row's table
 
     def fill(self, plan: StepPlan) -> tuple[StepInputs, list[Entry]]:
@@ -90,6 +91,25 @@ class InputTables:
             context_len=arena["context_len"],
             block_table=arena["block_table"],
         )
+
+
+class Choices:
+    """What `Ops.choose` is told of each sampled token, and what it answers."""
+
+    def __init__(self, arena: Arena) -> None:
+        names = "temperature", "seed", "choice_position", "chosen"
+        views = (arena[name].numpy() for name in names)
+        self._temperature, self._seed, self._position, self._chosen = views
+        self.last_token = arena["last_token"].numpy()
+
+    def set(self, place: int, temperature: float, seed: int, position: int) -> None:
+        """Say how the token of one row of logits is chosen."""
+        self._temperature[place], self._position[place] = temperature, position
+        self._seed[place] = seed - (1 << 64) if seed >= 1 << 63 else seed
+
+    def chosen(self, count: int) -> list[int]:
+        """The first `count` tokens."""
+        return self._chosen[:count].tolist()
 
 
 def _offsets(counts: list[int]) -> list[int]:

@@ -80,18 +80,31 @@ class ModelRunner:
         if not asking:
             return tokens, logprobs
         logits = self._logits([e.first_token + e.count - 1 for e in asking], buffers)
-        for entry, row_logits in zip(asking, logits, strict=True):
-            sampler = self._sampler(entry.row)
-            count = sampler.params.logprobs
-            raw = row_logits.clone() if count != NONE else row_logits
-            slot = plan.masks[entry.index]
+        choices, raw = self._tables.choices, dict[int, Tensor]()
+        for place, (entry, row_logits) in enumerate(zip(asking, logits, strict=True)):
+            sampler, slot = self._sampler(entry.row), plan.masks[entry.index]
+            if sampler.params.logprobs != NONE:
+                raw[entry.index] = row_logits.clone()
             mask = None if slot == NONE else plan.mask_bits[slot]
-            token = sampler.sample(row_logits, entry.position + entry.count, mask)
+            position = entry.position + entry.count
+            temperature = sampler.prepare(row_logits, position, mask)
+            choices.set(place, temperature, sampler.params.seed, position)
+        self._choose(logits)
+        for entry, token in zip(asking, choices.chosen(len(asking)), strict=True):
+            sampler = self._sampler(entry.row)
+            sampler.take(token)
             tokens[entry.index] = token
-            self._arena["last_token"][entry.row] = token
-            if count != NONE:
-                logprobs[entry.index] = [logprobs_of(raw, token, count)]
+            choices.last_token[entry.row] = token
+            if entry.index in raw:
+                count = sampler.params.logprobs
+                logprobs[entry.index] = [logprobs_of(raw[entry.index], token, count)]
         return tokens, logprobs
+
+    def _choose(self, logits: Tensor) -> None:
+        """Pick the token of each row of logits, as the table of choices says."""
+        arena, count = self._arena, len(logits)
+        names = "temperature", "seed", "choice_position", "chosen"
+        self._ops.choose(logits, *(arena[name][:count] for name in names))
 
     def _prompt_logprobs(self, row: int) -> int:
         return self._sampler(row).params.prompt_logprobs

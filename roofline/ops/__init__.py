@@ -141,3 +141,14 @@ class Ops(abc.ABC):
         out: Tensor,  # [S, V] float32: logits
     ) -> None:
         """RMSNorm of residual + delta at the sampled tokens, projected to the vocabulary."""
+
+    @abc.abstractmethod
+    def choose(
+        self,
+        logits: Tensor,  # [S, V] float32; -inf is never chosen
+        temperature: Tensor,  # [S] float64; 0 = the likeliest
+        seed: Tensor,  # [S] int64, the bits of an unsigned number
+        position: Tensor,  # [S] int64
+        out: Tensor,  # [S] int64: token ids
+    ) -> None:
+        """Argmax of logits / temperature + noise (`ops.noise`), the lowest id winning ties."""

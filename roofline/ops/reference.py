@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
+from roofline.ops.noise import choose
 
 TILE_TOKENS = 16
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -137,6 +138,14 @@ class ReferenceOps(Ops):
         """See `Ops.norm_head`."""
         x = rms_norm(residual[sampled] + delta[sampled], norm, eps).to(self.dtype)
         out.copy_(self._multiply(x, head))
+
+    def choose(
+        self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, out: Tensor
+    ) -> None:
+        """See `Ops.choose`."""
+        columns = (temperature.tolist(), seed.tolist(), position.tolist())
+        for row, (heat, key, place) in enumerate(zip(*columns, strict=True)):
+            out[row] = choose(logits[row], heat, key % (1 << 64), place)
 
 
 def round_to_int8(x: Tensor, weight: Int8Weight) -> Tensor:

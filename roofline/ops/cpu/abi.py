@@ -4,10 +4,10 @@ import ctypes
 from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any, ClassVar
 
-VERSION = 4
+VERSION = 5
 
-EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD = range(6)
-READ_MEMORY, DOT_ACTIVATIONS, DOT_INT8 = range(6, 9)  # for benchmarks
+EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD, CHOOSE = range(7)
+READ_MEMORY, DOT_ACTIVATIONS, DOT_INT8 = range(7, 10)  # for benchmarks
 INT8, BFLOAT16, FLOAT32, OFFSET_INT8 = range(4)
 
 _Field = tuple[str, Any]
@@ -85,6 +85,15 @@ class NormHead(Structure):
     _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta sampled norm", eps=c_double, head=Weight),
         *_fields("normed quantized out", out_stride=c_int64),
+    ]
+
+
+class Choose(Structure):
+    """`Ops.choose`."""
+
+    _fields_: ClassVar[list[_Field]] = [
+        *_fields("step logits", stride=c_int64, vocab=c_int64),
+        *_fields("temperature seed position out"),
     ]
 
 

@@ -163,6 +163,16 @@ class NativeOps(Ops):
         )  # fmt: skip
         self._run(abi.NORM_HEAD, arguments, sampled=len(sampled))
 
+    def choose(
+        self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, out: Tensor
+    ) -> None:
+        """See `Ops.choose`."""
+        arguments = abi.Choose(
+            *self._pointers(self._step, logits), logits.stride(0), logits.shape[1],
+            *self._pointers(temperature, seed, position, out),
+        )  # fmt: skip
+        self._run(abi.CHOOSE, arguments, sampled=len(out))
+
     def _normed(self, residual: Tensor, tokens: int | None = None) -> Sequence[Tensor]:
         """Room for normed activations, and for those as INT8."""
         rows, hidden = residual.shape

@@ -109,6 +109,16 @@ struct NormHead {
     int64_t out_stride;
 };
 
+struct Choose {
+    const Step* step;
+    const float* logits;  // [S, stride]
+    int64_t stride, vocab;
+    const double* temperature;
+    const int64_t* seed;
+    const int64_t* position;
+    int64_t* out;
+};
+
 // For benchmarks: `count` bytes of a buffer to read, or steps to repeat.
 struct Measure {
     const void* buffer;
@@ -123,6 +133,7 @@ enum Op : int64_t {
     LINEAR,
     NORM_GATE_UP_SWIGLU,
     NORM_HEAD,
+    CHOOSE,
     READ_MEMORY,
     DOT_ACTIVATIONS,  // of the activation dtype
     DOT_INT8,

@@ -3,6 +3,7 @@
 
 #include "ops.h"
 #include "peaks.h"
+#include "sampling.h"
 
 namespace roofline {
 namespace RL_ISA {
@@ -15,6 +16,7 @@ static void fill_table(Kernel* table) {
     table[LINEAR] = linear<X>;
     table[NORM_GATE_UP_SWIGLU] = norm_gate_up_swiglu<X>;
     table[NORM_HEAD] = norm_head<X>;
+    table[CHOOSE] = choose;
     table[READ_MEMORY] = read_memory;
     table[DOT_ACTIVATIONS] = dot_floats<X>;
     table[DOT_INT8] = dot_int8;
