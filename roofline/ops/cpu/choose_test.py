@@ -3,20 +3,19 @@
 import pytest
 import torch
 
-from roofline.ops.cpu.library import Library, open_library
+from roofline.ops.cpu.library import Library
 from roofline.ops.cpu.native import NativeOps, Pool
 from roofline.ops.reference import ReferenceOps
-
-OPENED = open_library()
-pytestmark = pytest.mark.skipif(isinstance(OPENED, str), reason=str(OPENED))
-ISAS = OPENED.isas if isinstance(OPENED, Library) else ()
+from tests.native_library import ISAS, open_native
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.fixture(scope="module", params=ISAS)
+def library(request: pytest.FixtureRequest) -> Library:
+    return open_native(request.param)
+
+
 @pytest.mark.parametrize("vocab", [1, 15, 300, 49152])
-def test_every_isa_chooses_the_tokens_of_the_reference(isa: str, vocab: int) -> None:
-    library = open_library(isa)
-    assert isinstance(library, Library)
+def test_every_isa_chooses_the_tokens_of_the_reference(library: Library, vocab: int) -> None:
     rows = 24
     torch.manual_seed(vocab)
     logits = torch.randn(rows, vocab) * torch.linspace(0, 5, rows).unsqueeze(1)
@@ -34,10 +33,9 @@ def test_every_isa_chooses_the_tokens_of_the_reference(isa: str, vocab: int) -> 
     assert chosen.min() >= 0 and chosen.max() < vocab
 
 
-def test_the_lowest_id_wins_ties() -> None:
-    assert isinstance(OPENED, Library)
+def test_the_lowest_id_wins_ties(library: Library) -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [-torch.inf, -torch.inf, -1.0]])
     chosen = torch.zeros(2, dtype=torch.int64)
-    ops = NativeOps(torch.float32, torch.empty(1), torch.zeros(3).long(), Pool(OPENED, 1))
+    ops = NativeOps(torch.float32, torch.empty(1), torch.zeros(3).long(), Pool(library, 1))
     ops.choose(logits, torch.zeros(2).double(), chosen.clone(), chosen.clone(), chosen)
     assert chosen.tolist() == [1, 2]

@@ -1,4 +1,4 @@
-"""Native attention against the reference: any mix of rows, windows, head shapes; NaN and inf."""
+"""Native attention against the reference: any mix of rows, windows, heads; NaN and inf too."""
 
 import functools
 

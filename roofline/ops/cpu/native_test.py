@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from roofline.budget import quantized_values
 from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.cpu.library import Library
 from roofline.ops.cpu.native import NativeOps, Pool
@@ -21,9 +22,25 @@ from tests.native_library import ISAS, open_native
 
 TOKENS = 200
 BATCHES = [range(n) for n in (1, 2, 3, 4, 5, 6, 7, 16, 97)]  # and some in any order
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # of the largest value
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Of activations: their type, whether INT8 weights round them, how close results must be."""
+
+    dtype: torch.dtype
+    int8: bool
+    tolerance: float  # of the largest value
+
+
+FLOAT32 = Arithmetic(torch.float32, False, 1e-5)
+ARITHMETICS = {
+    "float32": FLOAT32,
+    "bfloat16": Arithmetic(torch.bfloat16, False, 8e-3),
+    "int8": Arithmetic(torch.bfloat16, True, 2e-2),
+}
+EVERY_ARITHMETIC = pytest.mark.parametrize("arithmetic", ARITHMETICS.values(), ids=ARITHMETICS)
 
 
 @dataclass(frozen=True)
@@ -64,9 +81,9 @@ Run = Callable[["Step", Ops, dict[str, Weight], Tensor], list[Tensor]]
 class Step:
     """Weights, and the inputs of 200 tokens, of which ops compute those picked by index."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, arithmetic: Arithmetic) -> None:
         torch.manual_seed(3)
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.arithmetic, self.dtype = shape, arithmetic, arithmetic.dtype
         hidden, dim, heads = shape.hidden, shape.head_dim, shape.heads + 2 * shape.kv_heads
         self.weights: dict[str, Int8Weight | FloatWeight] = {
             "table": self._matrix(shape.vocab),
@@ -74,7 +91,7 @@ class Step:
             "gate_up": self._matrix(2 * shape.ffn),
         }
         self.ids = torch.randint(0, shape.vocab + 20, (TOKENS,))
-        self.x = torch.randn(TOKENS, hidden).to(dtype)
+        self.x = torch.randn(TOKENS, hidden).to(self.dtype)
         self.residual, self.delta = torch.randn(2, TOKENS, hidden)
         self.norm, self.rope = torch.rand(hidden) + 0.5, torch.randn(2, 50, dim // 2)
         self.positions = torch.randint(0, 50, (TOKENS,))
@@ -97,14 +114,20 @@ class Step:
     def packed(self, library: Library) -> dict[str, Weight]:
         """The weights as native ops read them."""
         return {
-            name: pack(library, weight, paired=name == "gate_up")
+            name: pack(
+                library,
+                weight,
+                paired=name == "gate_up",
+                int8_activations=self.arithmetic.int8,
+            )
             for name, weight in self.weights.items()
         }
 
     def native(self, library: Library, threads: int = 2) -> Callable[[Run, Tensor], list[Tensor]]:
         """Runs ops natively."""
-        rows = self.weights["qkv"].rows + self.shape.hidden
-        scratch = torch.full((TOKENS * rows,), torch.nan)
+        hidden = self.shape.hidden
+        room = TOKENS * (self.weights["qkv"].rows + hidden) + quantized_values(TOKENS, hidden)
+        scratch = torch.full((room,), torch.nan)
         ops = NativeOps(
             self.dtype, scratch, torch.zeros(3, dtype=torch.int64), Pool(library, threads)
         )
@@ -113,7 +136,8 @@ class Step:
 
     def reference(self, run: Run, picked: Tensor) -> list[Tensor]:
         """What the definition says."""
-        return run(self, ReferenceOps(self.dtype, torch.zeros(100_000)), {**self.weights}, picked)
+        ops = ReferenceOps(self.dtype, torch.zeros(100_000), int8_activations=self.arithmetic.int8)
+        return run(self, ops, {**self.weights}, picked)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An output that nobody has written."""
@@ -183,14 +207,17 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 
 @functools.cache
-def wanted(name: str, dtype: torch.dtype, op: str) -> list[Tensor]:
-    return Step(SHAPES[name], dtype).reference(OPS[op], torch.arange(TOKENS))
+def wanted(name: str, arithmetic: Arithmetic, op: str) -> list[Tensor]:
+    return Step(SHAPES[name], arithmetic).reference(OPS[op], torch.arange(TOKENS))
 
 
-def assert_close(actual: Iterable[Tensor], expected: Iterable[Tensor], dtype: torch.dtype) -> None:
+def assert_close(
+    actual: Iterable[Tensor], expected: Iterable[Tensor], op: str, arithmetic: Arithmetic
+) -> None:
     """Within tolerance; NaN and inf in the same places."""
+    tolerance = FLOAT32.tolerance if op in ("embed", "linear") else arithmetic.tolerance
     for mine, theirs in zip(actual, expected, strict=True):
-        limit = TOLERANCE[dtype] * float(theirs.float().nan_to_num(0, 0, 0).abs().max().clamp(1))
+        limit = tolerance * float(theirs.float().nan_to_num(0, 0, 0).abs().max().clamp(1))
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=0, atol=limit, equal_nan=True)
 
 
@@ -199,14 +226,14 @@ def bits(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @EVERY_OP
-@DTYPES
+@EVERY_ARITHMETIC
 @pytest.mark.parametrize("name", SHAPES)
 def test_it_computes_what_the_reference_does_in_any_batch(
-    library: Library, name: str, dtype: torch.dtype, op: str
+    library: Library, name: str, arithmetic: Arithmetic, op: str
 ) -> None:
-    compute = Step(SHAPES[name], dtype).native(library)
+    compute = Step(SHAPES[name], arithmetic).native(library)
     together = compute(OPS[op], torch.arange(TOKENS))
-    assert_close(together, wanted(name, dtype, op), dtype)
+    assert_close(together, wanted(name, arithmetic, op), op, arithmetic)
     shuffled = [torch.randperm(TOKENS)[:n] for n in (1, 2, 9, 33, TOKENS)]
     for picked in [*map(torch.tensor, BATCHES), *shuffled, torch.tensor([199, 0, 0])]:
         for mine, all_of_them in zip(bits(compute(OPS[op], picked)), bits(together), strict=True):
@@ -214,9 +241,9 @@ def test_it_computes_what_the_reference_does_in_any_batch(
 
 
 @EVERY_OP
-@DTYPES
-def test_threads_change_no_bit(library: Library, dtype: torch.dtype, op: str) -> None:
-    step = Step(SHAPES["smollm2"], dtype)
+@EVERY_ARITHMETIC
+def test_threads_change_no_bit(library: Library, arithmetic: Arithmetic, op: str) -> None:
+    step = Step(SHAPES["smollm2"], arithmetic)
     for count in (1, 5, 97):
         first, *others = (
             bits(step.native(library, threads)(OPS[op], torch.arange(count)))
@@ -227,12 +254,12 @@ def test_threads_change_no_bit(library: Library, dtype: torch.dtype, op: str) ->
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "embed"])
-@DTYPES
+@EVERY_ARITHMETIC
 @pytest.mark.parametrize("name", ["smollm2", "extremes", "floats"])
 def test_nan_and_inf_go_where_they_go_in_the_reference(
-    library: Library, name: str, dtype: torch.dtype, op: str
+    library: Library, name: str, arithmetic: Arithmetic, op: str
 ) -> None:
-    clean, step = Step(SHAPES[name], dtype), Step(SHAPES[name], dtype)
+    clean, step = Step(SHAPES[name], arithmetic), Step(SHAPES[name], arithmetic)
     poisoned = {3: torch.nan, 17: torch.inf, 40: -torch.inf, 111: torch.nan}
     for token, poison in poisoned.items():
         step.x[token, 5] = step.residual[token, 99] = poison
@@ -240,23 +267,26 @@ def test_nan_and_inf_go_where_they_go_in_the_reference(
     others = [token for token in range(TOKENS) if token not in poisoned]
     picked = torch.arange(TOKENS)
     actual = step.native(library)(OPS[op], picked)
-    assert_close(actual, step.reference(OPS[op], picked), dtype)
+    assert_close(actual, step.reference(OPS[op], picked), op, arithmetic)
     untouched = clean.native(library)(OPS[op], picked)
     for mine, theirs in zip(bits(actual), bits(untouched), strict=True):
         assert torch.equal(mine[others], theirs[others])
 
 
-@DTYPES
-def test_a_table_of_nan_and_inf_is_looked_up_as_it_is(library: Library, dtype: torch.dtype) -> None:
-    step = Step(SHAPES["floats"], dtype)
+@EVERY_ARITHMETIC
+def test_a_table_of_nan_and_inf_is_looked_up_as_it_is(
+    library: Library, arithmetic: Arithmetic
+) -> None:
+    step = Step(SHAPES["floats"], arithmetic)
     step.weights["table"].values[20, 5:8] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     step.ids[6] = 30
     picked = torch.arange(9)
-    assert_close(step.native(library)(embed, picked), step.reference(embed, picked), dtype)
+    actual, expected = step.native(library)(embed, picked), step.reference(embed, picked)
+    assert_close(actual, expected, "embed", arithmetic)
 
 
 def test_silu_of_an_extreme_gate_is_finite(library: Library) -> None:
-    step = Step(Shape(hidden=4, ffn=16, group=0), torch.float32)
+    step = Step(Shape(hidden=4, ffn=16, group=0), FLOAT32)
     gates = torch.tensor([-1e30, -200.0, -88.0, -30.0, -1e-30, 0.0, 1e-30, 30.0, 88.0, 200.0, 1e30])
     matrix = step.weights["gate_up"].values.fill_(0)
     matrix[: len(gates), 0], matrix[16:, 0] = gates, 1.0
@@ -268,7 +298,7 @@ def test_silu_of_an_extreme_gate_is_finite(library: Library) -> None:
 
 
 def test_a_step_without_tokens_writes_nothing(library: Library) -> None:
-    compute = Step(SHAPES["floats"], torch.float32).native(library)
+    compute = Step(SHAPES["floats"], FLOAT32).native(library)
     for op in OPS.values():
         assert all(len(result) == 0 for result in compute(op, torch.arange(0)))
 
