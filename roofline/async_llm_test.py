@@ -222,8 +222,18 @@ def test_closing_wakes_the_reader_and_later_reads_find_the_end(loaded: AsyncLLM)
     run(main)
 
 
-def test_a_forgotten_stream_ends_though_its_loop_is_gone(loaded: AsyncLLM) -> None:
+def test_a_stream_whose_loop_is_gone_ends_though_it_is_remembered(
+    loaded: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left: list[Any] = []
+    step = ModelRunner.run
+
+    def slow_step(*plan: Any) -> Any:
+        time.sleep(0.01)
+        return step(*plan)
+
+    monkeypatch.setattr(ModelRunner, "run", slow_step)
+    before = loaded.stats()["generation_tokens"]
 
     async def leave() -> None:
         left.append(loaded.generate("abc", LONG))
@@ -231,7 +241,21 @@ def test_a_forgotten_stream_ends_though_its_loop_is_gone(loaded: AsyncLLM) -> No
 
     run(leave)
     run(lambda: _settle(loaded))  # heard by nobody, it was ended by the engine's own thread
+    assert loaded.stats()["generation_tokens"] - before < 100
     del left[:]
+
+
+def test_a_stream_closed_while_it_is_prepared_never_reaches_the_engine(loaded: AsyncLLM) -> None:
+    async def main() -> None:
+        stream = loaded.generate("abc", LONG)
+        reading = asyncio.create_task(_rest(stream))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        assert await reading == []
+
+    before = loaded.stats()["num_requests"]
+    run(main)
+    assert loaded.stats()["num_requests"] == before
 
 
 async def _rest(stream: Any) -> list[RequestOutput]:

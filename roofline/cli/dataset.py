@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import roofline  # the public door: what it names loads on use, torch with it
 from roofline.errors import UsageError, shown
-from roofline.tokenizer import Tokenizer
 
 Asked = str | list[dict[str, Any]]  # a text to continue, or messages to answer
 
@@ -32,8 +32,9 @@ def read(path: str, count: int) -> list[Asked]:
     return asked
 
 
-def encode(asked: Sequence[Asked], tokenizer: Tokenizer) -> list[list[int]]:
+def encode(asked: Sequence[Asked], llm: "roofline.LLM") -> list[list[int]]:
     """Token ids, as the model would get them."""
+    tokenizer = llm.get_tokenizer()
     return [
         tokenizer.encode(each) if isinstance(each, str) else tokenizer.apply_chat_template(each)
         for each in asked

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from roofline import LLM
 from roofline.cli import dataset
 from roofline.errors import UsageError
-from roofline.tokenizer import Tokenizer
 from tests.tiny_model import write_tiny_model
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -30,9 +30,10 @@ def test_each_shape_of_a_line_is_read_and_the_first_lines_only(tmp_path: Path) -
 
 
 def test_texts_are_continued_and_messages_answered(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(write_tiny_model(tmp_path))
-    chat = tokenizer.apply_chat_template(HELLO)
-    assert dataset.encode(["hello", HELLO], tokenizer) == [tokenizer.encode("hello"), chat]
+    with LLM(str(write_tiny_model(tmp_path))) as llm:
+        tokenizer = llm.get_tokenizer()
+        expected = [tokenizer.encode("hello"), tokenizer.apply_chat_template(HELLO)]
+        assert dataset.encode(["hello", HELLO], llm) == expected
 
 
 @pytest.mark.parametrize(

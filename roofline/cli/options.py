@@ -166,12 +166,16 @@ _ENGINE = Group("Engine", help="Each is read from the environment too.", sort_ke
 
 
 def _option(name: str, hint: Any, group: Group, text: str, default: object) -> inspect.Parameter:
-    """A keyword that is absent unless given; the help shows what holds then."""
-    kind, item, read = (bool, hint, None) if hint is bool else (str, hint, _read_one(hint))
+    """A keyword that is absent unless given; the help shows what holds then.
+
+    Its declared type says how many words it takes and nothing more: cyclopts has values checked
+    against it wherever pydantic happens to be imported, and ours are checked by the dataclass.
+    """
+    kind, item, read = (bool | None, hint, None) if hint is bool else (Any, hint, _read_one(hint))
     items = _item_hint(hint)
     if items is not None:
         item = items
-        kind, read = list[str], _read_all(item)
+        kind, read = list[Any] | None, _read_all(item)
     parameter = Parameter(
         group=group,
         help=text,

@@ -19,6 +19,7 @@ NOT_OFFERED = {
     "logprobs",  # no figure of an answer
     "prompt_logprobs",
     "skip_special_tokens",
+    "structured_outputs",  # an object
     "include_stop_str_in_output",
 }
 

@@ -6,7 +6,7 @@ Prompt and options are checked before anything is loaded.
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -44,7 +44,7 @@ def run(
     started = time.monotonic()
     with roofline.LLM.from_config(model, config) as llm:
         submitted = time.monotonic()
-        answer = _answer(llm, _prompt_ids(llm, model, text, raw), sampling, show=not json)
+        answer = _answer(_stream(llm, model, text, sampling, raw=raw), show=not json)
         decoding = figures.Decoding.of(llm, [answer])
     measured = {
         "load_s": submitted - started,
@@ -81,21 +81,20 @@ def _read_prompt(prompt: str | None) -> str:
     return prompt
 
 
-def _prompt_ids(llm: "roofline.LLM", model: str, text: str, raw: bool) -> list[int]:
-    tokenizer = llm.get_tokenizer()
+def _stream(
+    llm: "roofline.LLM", model: str, text: str, sampling: SamplingParams, *, raw: bool
+) -> "Iterator[roofline.RequestOutput]":
     if raw:
-        return tokenizer.encode(text)
-    if tokenizer.chat_template is None:
+        return llm.generate(text, sampling, stream=True)
+    if llm.get_tokenizer().chat_template is None:
         raise UsageError(f"{model} has no chat template; --raw continues the text as it is")
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    return llm.chat([{"role": "user", "content": text}], sampling, stream=True)
 
 
-def _answer(
-    llm: "roofline.LLM", ids: list[int], sampling: SamplingParams, *, show: bool
-) -> "roofline.RequestOutput":
-    """Generate, showing text as it comes; a step without new text shows nothing."""
+def _answer(stream: "Iterator[roofline.RequestOutput]", *, show: bool) -> "roofline.RequestOutput":
+    """Read to the end, showing text as it comes; a step without new text shows nothing."""
     shown = 0
-    for answer in llm.generate(ids, sampling, stream=True):
+    for answer in stream:
         if show:
             text = answer.outputs[0].text
             print(text[shown:], end="", flush=True)

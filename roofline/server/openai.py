@@ -285,7 +285,7 @@ def _message(index: int, message: Message) -> dict[str, Any]:
     if message.tool_calls:
         name = f"{where}.tool_calls"
         raise RequestError(f"{name} is not supported by this version", param=name)
-    given = {"role": _ROLES[message.role], "content": message.content}
+    given: dict[str, Any] = {"role": _ROLES[message.role], "content": message.content}
     if not isinstance(message.content, str):
         given["content"] = [
             _part(f"{where}.content[{index}]", part) for index, part in enumerate(message.content)
