@@ -226,7 +226,7 @@ def plan_step_buffers(
         "attended": ((tokens, heads, model.head_dim), dtype),
         "activated": ((tokens, channels), dtype),
         "scratch": ((max(SCRATCH_VALUES, longest_row, layer_values),), "float32"),
-        "step": ((3,), "int64"),
+        "step": ((4,), "int64"),
         "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
     }
     if rank.is_last_stage:

@@ -142,6 +142,10 @@ class Ops(abc.ABC):
     ) -> None:
         """RMSNorm of residual + delta at the sampled tokens, projected to the vocabulary."""
 
+    def all_finite(self, logits: Tensor) -> bool:
+        """Whether what the last `norm_head` wrote is free of NaN and infinities."""
+        return bool(torch.isfinite(logits).all())
+
     @abc.abstractmethod
     def choose(
         self,

@@ -4,7 +4,7 @@ import ctypes
 from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any, ClassVar
 
-VERSION = 5
+VERSION = 6
 
 EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD, CHOOSE = range(7)
 READ_MEMORY, DOT_ACTIVATIONS, DOT_INT8 = range(7, 10)  # for benchmarks

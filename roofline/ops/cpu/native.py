@@ -50,9 +50,19 @@ class NativeOps(Ops):
 
     def __init__(self, dtype: torch.dtype, scratch: Tensor, step: Tensor, pool: Pool) -> None:
         super().__init__(dtype, scratch)
-        self._step, self._pool = step, pool  # [3] int64: tokens, sampled tokens, rows
+        # [4] int64: tokens, sampled tokens, rows, whether logits were NaN or infinite
+        self._step, self._sizes, self._pool = step, step.numpy(), pool
         self._bfloat16 = int(dtype == torch.bfloat16)
         self._recording: Tape | None = None
+
+    def set_sizes(self, tokens: int, sampled: int, rows: int) -> None:
+        """Say how large the step is that ops run on next."""
+        sizes = self._sizes
+        sizes[0], sizes[1], sizes[2], sizes[3] = tokens, sampled, rows, 0
+
+    def all_finite(self, logits: Tensor) -> bool:
+        """See `Ops.all_finite`: the kernel has looked while it wrote them."""
+        return not self._sizes[3]
 
     @contextmanager
     def record(self, kept: object) -> Generator[Tape]:
@@ -190,9 +200,9 @@ class NativeOps(Ops):
         self,
         op: int,
         arguments: ctypes.Structure,
-        tokens: int | None = None,
-        sampled: int | None = None,
-        rows: int | None = None,
+        tokens: int = 0,
+        sampled: int = 0,
+        rows: int = 0,
     ) -> None:
         """Run an op on as many tokens as its tensors have, or record it for those of any step."""
         library, pointer = self._pool.library, ctypes.addressof(arguments)
@@ -201,9 +211,7 @@ class NativeOps(Ops):
             size = ctypes.sizeof(arguments)
             library.functions.roofline_tape_add(self._recording.handle, *place, size)
             return
-        for index, size in enumerate((tokens, sampled, rows)):
-            if size is not None:
-                self._step[index] = size
+        self.set_sizes(tokens, sampled, rows)
         library.functions.roofline_run(self._pool.handle, *place)
 
 

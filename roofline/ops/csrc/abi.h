@@ -11,6 +11,7 @@ struct Step {
     int64_t tokens;   // T
     int64_t sampled;  // S
     int64_t rows;     // R, rows of the tables that may hold a request
+    int64_t broken;   // set to 1 by a head that wrote NaN or infinity
 };
 
 // OFFSET_INT8 is INT8 with 128 added, for activations that are INT8 too.
@@ -96,7 +97,7 @@ struct NormGateUpSwiglu {
 };
 
 struct NormHead {
-    const Step* step;
+    Step* step;
     const float* residual;
     const float* delta;
     const int64_t* sampled;  // [S]

@@ -454,13 +454,21 @@ static void multiply_each(const Weight& w, int64_t tokens, const Input<X>& input
     });
 }
 
+INLINE bool all_finite(const float* x, int64_t count) {
+    Vec sum = fill(0.0f);
+    for (int64_t i = 0; i < count; i += LANES) sum = sum + (load(x + i) - load(x + i));
+    return sum_lanes(sum) == 0.0f;  // NaN where an item is infinite or NaN
+}
+
 // out [T, stride] = x [T, K] times the transposed matrix; a task is a block of rows.
 template <class X>
 static void multiply(const Weight& w, int64_t tokens, const X* x, void* room, float* out,
-                     int64_t stride, Team& team) {
+                     int64_t stride, Team& team, int64_t* broken = nullptr) {
     const Input<X> input = prepare(w, tokens, x, room, team);
     multiply_each(w, tokens, input, team,
                   [&](const Block& block, int64_t first, int count, const float* totals) {
+                      if (broken && !all_finite(totals, count * block.chunks * LANES))
+                          std::atomic_ref(*broken).store(1, std::memory_order_relaxed);
                       const int64_t left = w.rows - block.first_row, height = block.chunks * LANES;
                       const size_t bytes = size_t(left < height ? left : height) * sizeof(float);
                       for (int t = 0; t < count; ++t)

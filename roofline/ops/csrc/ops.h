@@ -166,7 +166,8 @@ static void norm_head(const void* arguments, Team& team) {
         rms_norm(a.residual + t * hidden, a.delta + t * hidden, a.norm, float(a.eps), hidden,
                  normed + s * hidden);
     });
-    multiply(a.head, sampled, normed, a.quantized, a.out, a.out_stride, team);
+    multiply(a.head, sampled, normed, a.quantized, a.out, a.out_stride, team,
+             &a.step->broken);
 }
 
 }  // namespace RL_ISA
