@@ -63,7 +63,7 @@ class Bench:
 
     def __init__(self, library: Library, threads: int, rounds: int) -> None:
         self._library, self._pool, self._rounds = library, Pool(library, threads), rounds
-        self._step = torch.zeros(3, dtype=torch.int64)
+        self._step = torch.zeros(4, dtype=torch.int64)
         self._scratch = torch.empty(1 << 22)
 
     def peaks(self) -> dict[str, float]:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from roofline.config import EngineConfig, ModelConfig
-from roofline.execution.graphs import capture
+from roofline.execution.graphs import EagerProgram, TapeProgram
 from roofline.execution.workers import InProcessWorkers
 from roofline.models.checkpoints.dummy import DummyCheckpoint
-from roofline.ops.reference import ReferenceOps
 from roofline.scheduling.plan import ON_DEVICE, RowStart, StepPlan, StepResult
 from tests.native_library import open_native
 
@@ -106,8 +105,8 @@ def test_a_tape_of_the_largest_step_replays_every_smaller_one_bit_for_bit(
     options: dict[str, Any],
 ) -> None:
     taped, eager = Driver(**options), Driver(**options, enforce_eager=True)
-    assert taped.group._rank().runner._replay_forward is not None
-    assert eager.group._rank().runner._replay_forward is None
+    assert isinstance(taped.group._rank().runner._program, TapeProgram)
+    assert isinstance(eager.group._rank().runner._program, EagerProgram)
     for counts in STEPS:
         mine, theirs = taped.step(*counts), eager.step(*counts)
         assert mine == theirs, counts
@@ -119,11 +118,8 @@ def test_a_tape_of_the_largest_step_replays_every_smaller_one_bit_for_bit(
         driver.group.close()
 
 
-def test_the_reference_has_no_tape() -> None:
-    ran: list[str] = []
-    ops = ReferenceOps(torch.float32, torch.zeros(1))
-    assert capture(ops, lambda: ran.append("now"), None) is None
-    assert ran == []
+def test_the_reference_runs_op_by_op() -> None:
+    assert isinstance(workers(cpu_isa="reference")._rank().runner._program, EagerProgram)
 
 
 def test_recording_computes_nothing() -> None:

@@ -47,7 +47,7 @@ def test_native_ops_are_the_choice_where_they_can_run() -> None:
     isas = open_native().isas
     for asked, name in (("auto", isas[0]), *((isa, isa) for isa in isas)):
         backend = choose(threads=2, cpu_isa=asked)
-        arena = {"scratch": torch.zeros(9), "step": torch.zeros(3, dtype=torch.int64)}
+        arena = {"scratch": torch.zeros(9), "step": torch.zeros(4, dtype=torch.int64)}
         assert (backend.name, backend.reason) == (name, None)
         assert isinstance(backend.ops(torch.float32, arena), NativeOps)
         backend.close()

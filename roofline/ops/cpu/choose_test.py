@@ -25,7 +25,7 @@ def test_every_isa_chooses_the_tokens_of_the_reference(library: Library, vocab: 
     position = torch.randint(0, 1 << 20, (rows,))
     chosen = torch.zeros(rows, dtype=torch.int64)
     expected = torch.zeros_like(chosen)
-    scratch, step = torch.empty(1), torch.zeros(3, dtype=torch.int64)
+    scratch, step = torch.empty(1), torch.zeros(4, dtype=torch.int64)
     columns = temperature, seed, position
     NativeOps(torch.float32, scratch, step, Pool(library, 2)).choose(logits, *columns, chosen)
     ReferenceOps(torch.float32, scratch).choose(logits, *columns, expected)
@@ -36,6 +36,6 @@ def test_every_isa_chooses_the_tokens_of_the_reference(library: Library, vocab: 
 def test_the_lowest_id_wins_ties(library: Library) -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [-torch.inf, -torch.inf, -1.0]])
     chosen = torch.zeros(2, dtype=torch.int64)
-    ops = NativeOps(torch.float32, torch.empty(1), torch.zeros(3).long(), Pool(library, 1))
+    ops = NativeOps(torch.float32, torch.empty(1), torch.zeros(4).long(), Pool(library, 1))
     ops.choose(logits, torch.zeros(2).double(), chosen.clone(), chosen.clone(), chosen)
     assert chosen.tolist() == [1, 2]

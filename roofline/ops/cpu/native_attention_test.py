@@ -44,7 +44,7 @@ def reference(dtype: torch.dtype) -> ReferenceOps:
 
 
 def native(library: Library, dtype: torch.dtype, threads: int = 2) -> NativeOps:
-    step = torch.zeros(3, dtype=torch.int64)
+    step = torch.zeros(4, dtype=torch.int64)
     return NativeOps(dtype, torch.zeros(1), step, Pool(library, threads))
 
 

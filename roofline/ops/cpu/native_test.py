@@ -129,7 +129,7 @@ class Step:
         room = TOKENS * (self.weights["qkv"].rows + hidden) + quantized_values(TOKENS, hidden)
         scratch = torch.full((room,), torch.nan)
         ops = NativeOps(
-            self.dtype, scratch, torch.zeros(3, dtype=torch.int64), Pool(library, threads)
+            self.dtype, scratch, torch.zeros(4, dtype=torch.int64), Pool(library, threads)
         )
         weights = self.packed(library)
         return lambda run, picked: run(self, ops, weights, picked)
@@ -171,6 +171,7 @@ def norm_head(step: Step, ops: Ops, weights: dict[str, Weight], picked: Tensor) 
     out = wide[:, : step.shape.vocab]
     ops.norm_head(step.residual, step.delta, picked, step.norm, EPS, weights["table"], out)
     assert wide[:, step.shape.vocab :].isnan().all()
+    assert ops.all_finite(out) == bool(out.isfinite().all())
     return [out]
 
 
