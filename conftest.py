@@ -6,8 +6,12 @@ without.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+
+# A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported: threads that wait in a loop for each other crawl on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
