@@ -6,6 +6,7 @@ without.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ why_no_model = pytest.StashKey[str]()
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Put the built-in model's path into the environment before any test module reads it."""
+    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     session.config.stash[why_no_model] = f"{MODEL_VARIABLE} is set to nothing"
     if MODEL_VARIABLE in os.environ or session.config.option.collectonly:
         return

@@ -206,7 +206,7 @@ def test_buffers_are_as_large_as_the_step(
     assert "logits_shard" not in buffers
     longest_row = max(model.hidden_size, model.query_size, model.intermediate_size)
     assert buffers["scratch"][0][0] >= longest_row
-    item = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+    item = {"bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
     assert buffer_bytes(buffers) == sum(math.prod(s) * item[d] for s, d in buffers.values())
     split = Rank(ParallelConfig(1, 2), 0, 0)
     assert "logits" not in plan_step_buffers(model, "bfloat16", split, step)

@@ -122,7 +122,7 @@ def _object(chance: random.Random, level: int) -> Schema:
 
 
 def _nested(chance: random.Random, level: int) -> Schema:
-    schema = _leaf(chance, level)
+    schema: Schema = _leaf(chance, level)
     for depth in range(1 + level // 2):
         name = chance.choice(_NAMES)
         schema = {"properties": {name: schema}, "required": [name], "additionalProperties": False}

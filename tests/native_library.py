@@ -8,15 +8,15 @@ from roofline.errors import UsageError
 from roofline.ops.cpu.library import Library, open_library
 
 ISAS = "avx512_bf16", "avx512", "avx2", "portable"
-REQUIRE_VARIABLE = "ROOFLINE_REQUIRE_NATIVE"  # 1: a library that is missing fails the tests
+REQUIRED = os.environ.get("ROOFLINE_REQUIRE_NATIVE") == "1"  # a missing library fails the tests
 
 
 def open_native(isa: str | None = None) -> Library:
     """The library with an ISA; the test is skipped where the library or the CPU has it not."""
     library = open_library()
     if isinstance(library, str):
-        if os.environ.get(REQUIRE_VARIABLE) == "1":
-            pytest.fail(f"{REQUIRE_VARIABLE}=1: {library}")
+        if REQUIRED:
+            pytest.fail(f"ROOFLINE_REQUIRE_NATIVE=1: {library}")
         pytest.skip(library)
     try:
         chosen = open_library(isa)

@@ -110,6 +110,6 @@ def test_a_row_that_starts_again_forgets_its_blocks() -> None:
     for first_block in (7, 3):
         plan = StepPlan(0, [RowStart(row=2, num_prompt=1, seed=0)])
         plan.add(2, 0, [1, 2, 3], 0, [first_block])
-        inputs, _ = model.tables.fill(plan)
-        assert inputs.block_table[2, 0] == first_block
-        assert inputs.slots.tolist() == [first_block * BLOCK + i for i in range(3)]
+        model.tables.fill(plan)
+        assert model.arena["block_table"][2, 0] == first_block
+        assert model.arena["slots"][:3].tolist() == [first_block * BLOCK + i for i in range(3)]

@@ -42,9 +42,12 @@ class GrammarCompiler:
         """
         if params.structured_outputs is None:
             return [None] * params.n
-        with self._lock:
-            grammar = self._grammar(params.structured_outputs)
-        return [grammar.matcher(params) for _ in range(params.n)]
+        try:
+            with self._lock:
+                grammar = self._grammar(params.structured_outputs)
+            return [grammar.matcher(params) for _ in range(params.n)]
+        except RequestError as error:
+            raise RequestError(error.message, param="structured_outputs") from error
 
     def close(self) -> None:
         """End the child process."""

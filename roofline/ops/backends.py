@@ -50,7 +50,7 @@ def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend
     """
     if config.cpu_isa == "reference":
         return Backend("reference", None, _keep, None, config.activations == "int8")
-    library = open_library(None if config.cpu_isa == "auto" else config.cpu_isa)
+    library = _open(config)
     reason = library if isinstance(library, str) else _unfit(config, model, plan)
     if isinstance(library, Library) and reason is None:
         pool = Pool(library, config.threads or usable_cores())
@@ -61,10 +61,25 @@ def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend
     return Backend("reference", reason, _keep, None, config.activations == "int8")
 
 
+def survey(config: EngineConfig) -> tuple[str, str]:
+    """The kernels that a model they fit would run on, and why those; UsageError as in `choose`."""
+    if config.cpu_isa == "reference":
+        return "reference", "asked for"
+    library = _open(config)
+    if isinstance(library, str):
+        return "reference", library
+    why = "the best" if config.cpu_isa == "auto" else "the one asked for"
+    return library.isa_name, f"{why} of {', '.join(library.isas)}, which this CPU runs"
+
+
 def usable_cores() -> int:
     """Processors this process may run on."""
     allowed = getattr(os, "sched_getaffinity", None)  # Linux
     return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def _open(config: EngineConfig) -> Library | str:
+    return open_library(None if config.cpu_isa == "auto" else config.cpu_isa)
 
 
 def _keep(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:

@@ -152,7 +152,7 @@ def test_norm_qkv_rope_store(
 
 
 def test_the_first_layer_has_no_delta() -> None:
-    residual, unused = torch.randn(3, 8), torch.zeros(4, dtype=torch.int64)
+    residual, unused = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
     inputs = StepInputs(unused, unused, torch.arange(3), unused, unused, unused)
     kept = residual.clone()
     reference(torch.float32).norm_qkv_rope_store(

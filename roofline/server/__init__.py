@@ -6,7 +6,17 @@ Submodules load on first use, so that the command line's help imports no web fra
 import importlib
 from types import ModuleType
 
-_SUBMODULES = ("answers", "app", "body", "envelope", "listening", "openai", "stream", "waiting")
+_SUBMODULES = (
+    "answers",
+    "app",
+    "body",
+    "envelope",
+    "listening",
+    "openai",
+    "response_format",
+    "stream",
+    "waiting",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

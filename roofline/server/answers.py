@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from msgspec import UNSET, Struct, UnsetType
 
 from roofline.doors.outputs import CompletionOutput, Logprob, RequestOutput
+from roofline.errors import RequestError
 from roofline.server.openai import StreamOptions
 from roofline.tokenizer import Tokenizer
 
@@ -155,6 +156,8 @@ class Answers(abc.ABC):
         """All that each choice of a prompt says so far."""
         output = self._outputs[prompt]
         for own in output.outputs:
+            if own.finish_reason == "error":  # no text that the grammar takes can follow
+                raise RequestError(f"{own.stop_reason}", param="structured_outputs")
             index = prompt * len(output.outputs) + own.index
             yield _Told(index, own.text, own.token_ids, own.logprobs, own.finish_reason)
 

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -22,6 +22,7 @@ from roofline.request import SamplingParams, check_token_ids
 from roofline.server import body, envelope, stream, waiting
 from roofline.server.answers import Answers, ChatAnswers, CompletionAnswers
 from roofline.server.openai import ChatRequest, CompletionRequest
+from roofline.server.response_format import FormRequest
 
 _CLIENT_GONE = 499  # nginx's; nobody is left to read it
 _MAX_CHOICES = 1024  # of one HTTP request: prompts times n
@@ -126,12 +127,13 @@ class _Routes:
         """Run the prompts; a refusal has its status, for nothing is sent before the first event."""
         streams = [self._llm.generate(ids, params, priority=asked.priority) for ids in prompts]
         updates = waiting.updates(streams, stream.PULSE_S)
-        if asked.stream:
-            events = stream.events(answers, updates)
-            first = await waiting.until_gone(request.receive, anext(events))
-            return stream.EventStream(first, events)
-        outputs = await waiting.until_gone(request.receive, _last(updates))
-        return _json(answers.whole(outputs))
+        with _as_named_in(asked):
+            if asked.stream:
+                events = stream.events(answers, updates)
+                first = await waiting.until_gone(request.receive, anext(events))
+                return stream.EventStream(first, events)
+            outputs = await waiting.until_gone(request.receive, _last(updates))
+            return _json(answers.whole(outputs))
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self._model):
@@ -192,6 +194,17 @@ def _check_products(prompts: Sequence[list[int]], params: SamplingParams) -> Non
             f"log-probabilities; at most {_MAX_SCORES} are made for one request",
             param="logprobs",
         )
+
+
+@contextlib.contextmanager
+def _as_named_in(asked: FormRequest) -> Iterator[None]:
+    """Tell what is wrong with a form by the field that asked for it."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param == "structured_outputs":
+            error.param = asked.form_field
+        raise
 
 
 async def _last(updates: AsyncGenerator[waiting.News, None]) -> list[RequestOutput]:

@@ -7,13 +7,20 @@ import pytest
 from fastapi.routing import APIRoute
 
 from roofline.async_llm import AsyncLLM
+from roofline.errors import RequestError
 from roofline.execution.runner import ModelRunner
+from roofline.grammars.matching import GrammarMatcher
 from roofline.server.app import create_app
 from tests.serving import VERSION, serving
 from tests.tiny_model import CONTEXT, write_tiny_model
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Hello"}]
+FORM = "response_format"
+
+
+def schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +146,10 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(client: httpx2.Client) 
         (COMPLETIONS, {"prompt": "a", "priority": 2**40}, "priority"),
         (COMPLETIONS, {"prompt": "a", "bad_words": ["  "]}, None),
         (CHAT, {"messages": USER, "n": 2, "temperature": 0}, "n"),
+        (CHAT, {"messages": USER, "guided_regex": "(?<=a)b"}, "guided_regex"),
+        (CHAT, {"messages": USER, "response_format": schema({"$ref": "#/none"})}, FORM),
+        (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "["}}, "structured_outputs"),
+        (COMPLETIONS, {"prompt": "a", "response_format": schema({"type": "foo"})}, FORM),
     ],
 )
 def test_what_only_this_model_cannot_do_is_refused_too(
@@ -147,6 +158,29 @@ def test_what_only_this_model_cannot_do_is_refused_too(
     for stream in (False, True):
         error = refusal(client.post(path, json=fields | {"stream": stream}), 400)
         assert error["param"] == param and error["code"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_form_cannot_go_on_is_an_error(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    accept, left = GrammarMatcher.accept, [True] * 6 if stream else []
+
+    def fail(self: GrammarMatcher, token: int) -> bool:
+        if not left:
+            raise RequestError("the structured output cannot go on")
+        left.pop()
+        return accept(self, token)
+
+    monkeypatch.setattr(GrammarMatcher, "accept", fail)
+    body = {"prompt": "a", "guided_regex": "a{12,}", "stream": stream}
+    response = client.post(COMPLETIONS, json=body)
+    if stream:
+        *pieces, error, done, _ = response.text.split("\n\n")
+        assert pieces and done == "data: [DONE]"
+        assert error.startswith('data: {"error":{"message":"the structured output cannot go on"')
+    else:
+        assert refusal(response, 400)["param"] == "guided_regex"
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from roofline.errors import RequestError, shown
 from roofline.request import MAX_TOKENS, SamplingParams
+from roofline.server.response_format import FormRequest
 
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024
@@ -38,18 +39,12 @@ _UNSUPPORTED: dict[str, Any] = {
     "documents": [],
     "function_call": "none",
     "functions": [],
-    "guided_choice": None,
-    "guided_grammar": None,
-    "guided_json": None,
-    "guided_regex": None,
     "modalities": ["text"],
     "moderation": None,
     "parallel_tool_calls": None,
     "prediction": None,
     "prompt_logprobs": None,
     "reasoning_effort": None,
-    "response_format": {"type": "text"},
-    "structured_outputs": None,
     "suffix": None,
     "tool_choice": "none",
     "tools": [],
@@ -58,7 +53,7 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 # Of SamplingParams: asked for in OpenAI's own way, or not at all.
-_TRANSLATED = {"logprobs", "prompt_logprobs"}
+_TRANSLATED = {"logprobs", "prompt_logprobs", "structured_outputs"}
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - _TRANSLATED
 
 # A template reads these too, and they come by other ways than its own variables.
@@ -108,14 +103,16 @@ class Message(Struct, forbid_unknown_fields=True):
     tool_calls: list[Any] | None = None
 
 
-class _Request(Struct, kw_only=True, forbid_unknown_fields=True):
+class _Request(FormRequest, kw_only=True, forbid_unknown_fields=True):
     """What both kinds of completion ask for."""
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = 0
-    sampling: dict[str, Any] = {}  # SamplingParams by name; a body has them beside the others
+    sampling: dict[str, Any] = field(
+        default_factory=dict
+    )  # SamplingParams by name; a body has them beside the others
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> Self:
@@ -149,6 +146,7 @@ class _Request(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def _params(self, defaults: SamplingParams, **own: Any) -> SamplingParams:
         """The sampling asked for, over the model's own; `own` are this kind's."""
+        own["structured_outputs"] = self.to_structured_outputs()
         given = {**self.sampling, **own}
         if "logit_bias" in given:
             given["logit_bias"] = _biases(given["logit_bias"])
@@ -164,7 +162,7 @@ class ChatRequest(_Request):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse contradictions; what a template has no use for, its tokenizer refuses."""

@@ -51,7 +51,7 @@ def test_every_sampling_field_has_its_own_name() -> None:
     asked = SamplingParams(**SAMPLING)
     assert chat(**SAMPLING).to_params(DEFAULTS) == asked
     assert completion(**SAMPLING).to_params(DEFAULTS) == asked
-    assert set(SAMPLING) == openai._SAMPLING - {"logit_bias"}
+    assert set(SAMPLING) == openai._SAMPLING - {"logit_bias"}  # a map, below
 
 
 def test_what_is_not_given_is_the_models_own() -> None:

@@ -96,7 +96,7 @@ class Step:
         self.norm, self.rope = torch.rand(hidden) + 0.5, torch.randn(2, 50, dim // 2)
         self.positions = torch.randint(0, 50, (TOKENS,))
         self.bias = torch.randn(heads * dim) if shape.flagged else None
-        self.head_norms = torch.rand(2, dim) + 0.5 if shape.flagged else (None, None)
+        self.q_norm, self.k_norm = torch.rand(2, dim) + 0.5 if shape.flagged else (None, None)
         blocks = TOKENS // shape.block_tokens + 2
         self.slots = torch.randperm(blocks * shape.block_tokens)[:TOKENS]
         self.pool_shape = 2, 2, blocks, shape.kv_heads, shape.block_tokens, dim
@@ -171,6 +171,7 @@ def norm_head(step: Step, ops: Ops, weights: dict[str, Weight], picked: Tensor) 
     out = wide[:, : step.shape.vocab]
     ops.norm_head(step.residual, step.delta, picked, step.norm, EPS, weights["table"], out)
     assert wide[:, step.shape.vocab :].isnan().all()
+    assert ops.all_finite(out) == bool(out.isfinite().all())
     return [out]
 
 
@@ -185,7 +186,7 @@ def norm_qkv_rope_store(
     residual = step.residual[picked]
     delta = None if shape.hidden == 20 else step.delta[picked]  # the first layer has none
     ops.norm_qkv_rope_store(
-        residual, delta, step.norm, EPS, weights["qkv"], step.bias, *step.head_norms,
+        residual, delta, step.norm, EPS, weights["qkv"], step.bias, step.q_norm, step.k_norm,
         step.rope, inputs, pool, 1, out,
     )  # fmt: skip
     stored = pool.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).clone()  # [layers, slots, 2, Hkv, D]

@@ -43,22 +43,22 @@ std::vector<X> noise(int64_t count) {
     return values;
 }
 
-// A packed matrix of INT8 groups, or of floats of the activations' type.
+// A packed matrix of INT8 groups, or of floats of the activations' type; and room for its input.
 template <class X>
 struct Matrix {
     std::vector<int8_t> bytes;
     std::vector<X> floats;
-    std::vector<float> scales;
+    std::vector<float> scales, room;
     Weight weight{};
 
-    Matrix(int64_t rows, int64_t columns, bool paired) {
+    Matrix(int64_t rows, int64_t columns, bool paired, int64_t tokens) {
         const int64_t padded = (rows + 15) / 16 * 16;
         const int64_t chunks = paired ? one_of({2, 4}) : between(1, 4);
         weight.rows = rows, weight.columns = columns, weight.chunks = chunks;
         if (between(0, 3) == 0) {
             const std::vector<X> source = noise<X>(rows * columns);
             floats.resize(size_t(padded * columns));
-            pack_values(source.data(), rows, columns, sizeof(X), chunks, paired, floats.data());
+            pack_values(source.data(), rows, columns, sizeof(X), chunks, paired, false, floats.data());
             weight.values = floats.data();
             weight.kind = sizeof(X) == 2 ? BFLOAT16 : FLOAT32;
             return;
@@ -72,11 +72,13 @@ struct Matrix {
         const std::vector<float> source_scales = noise<float>(rows * groups);
         bytes.resize(size_t(padded * columns));
         scales.resize(size_t(padded * groups));
-        pack_values(source.data(), rows, columns, 1, chunks, paired, bytes.data());
+        weight.kind = one_of({INT8, OFFSET_INT8});
+        const bool offset = weight.kind == OFFSET_INT8;
+        pack_values(source.data(), rows, columns, 1, chunks, paired, offset, bytes.data());
         pack_scales(source_scales.data(), rows, groups, chunks, paired, scales.data());
         weight.values = bytes.data();
         weight.scales = scales.data();
-        weight.kind = INT8;
+        if (offset) room.resize(size_t(tokens * (columns / 4 + 2 * groups)));
     }
 };
 
@@ -87,14 +89,15 @@ struct Layer {
     const int64_t hidden = 4 * between(1, 60), channels = 16 * between(1, 12);
     const int64_t kv_heads = between(1, 3), heads = kv_heads * one_of({1, 2, 3, 32});
     const int64_t dim = one_of<int64_t>({16, 64, 80, 128, 256}), vocabulary = between(1, 150);
-    const int64_t block_tokens = one_of<int64_t>({16, 32, 64}), tokens = between(rows, 130);
+    const int64_t block_tokens = one_of<int64_t>({16, 32, 64}), tokens = rows * between(1, 26);
     const int64_t length = blocks_a_row * block_tokens, blocks = rows * blocks_a_row;
     const int64_t qkv_rows = (heads + 2 * kv_heads) * dim, pool = blocks * kv_heads * block_tokens * dim;
 
     Step step{};
-    Matrix<X> table{vocabulary, hidden, false}, qkv{qkv_rows, hidden, false};
-    Matrix<X> output{hidden, heads * dim, false}, gate_up{2 * channels, hidden, true};
-    std::vector<int64_t> ids = std::vector<int64_t>(size_t(tokens)), positions = ids, slots = ids, sampled = ids;
+    Matrix<X> table{vocabulary, hidden, false, tokens}, qkv{qkv_rows, hidden, false, tokens};
+    Matrix<X> output{hidden, heads * dim, false, tokens}, gate_up{2 * channels, hidden, true, tokens};
+    std::vector<int64_t> ids = std::vector<int64_t>(size_t(tokens)), positions = ids, slots = ids, sampled = ids, seeds = ids, chosen = ids;
+    std::vector<double> temperature = std::vector<double>(size_t(tokens));
     std::vector<int32_t> query_start = std::vector<int32_t>(rows + 1), context_len = std::vector<int32_t>(rows);
     std::vector<int32_t> block_table = std::vector<int32_t>(size_t(blocks));
     std::vector<float> residual = noise<float>(tokens * hidden), delta = residual, norm = noise<float>(hidden);
@@ -104,12 +107,14 @@ struct Layer {
     std::vector<X> keys = noise<X>(pool), values = keys, query = noise<X>(tokens * heads * dim), attended = query;
     std::vector<X> normed = noise<X>(tokens * hidden), activated = noise<X>(tokens * channels);
 
-    // Some tokens for some rows, the others empty; a row's blocks lie one after the other.
-    void fill() {
+    // Some tokens for some rows, the others empty, or as many as there may be; a row's blocks lie one
+    // after the other.
+    void fill(bool all) {
         for (size_t i = 0; i < block_table.size(); ++i) block_table[i] = int32_t(i);
         int64_t total = 0;
         for (int64_t row = 0; row < rows; ++row) {
-            const int64_t count = between(0, 2) ? between(0, std::min(length, tokens / rows)) : 0;
+            const int64_t most = tokens / rows, some = between(0, 2) ? between(0, most) : 0;
+            const int64_t count = all ? most : some;
             const int64_t first = between(0, length - count);
             context_len[size_t(row)] = int32_t(count ? first + count : 0);
             for (int64_t i = 0; i < count; ++i, ++total) {
@@ -119,8 +124,12 @@ struct Layer {
             }
             query_start[size_t(row + 1)] = int32_t(total);
         }
-        step = {total, total ? between(1, total) : 0, rows};
-        for (int64_t i = 0; i < step.sampled; ++i) sampled[size_t(i)] = between(0, total - 1);
+        step = {total, all ? total : between(0, total), rows};
+        for (size_t i = 0; i < size_t(step.sampled); ++i) {
+            sampled[i] = between(0, total - 1);
+            temperature[i] = double(between(0, 3)) / 2;
+            seeds[i] = int64_t(random_bits()) << 32 | random_bits();
+        }
     }
 
     void record(Tape& tape, int isa) {
@@ -134,16 +143,20 @@ struct Layer {
             NormQkvRopeStore{&step, residual.data(), first ? nullptr : delta.data(), norm.data(), 1e-5,
                              qkv.weight, only(bias), only(head_norm), only(head_norm), rope.data(),
                              length, positions.data(), slots.data(), keys.data(), values.data(), heads,
-                             kv_heads, dim, block_tokens, normed.data(), mixed.data(), query.data()});
+                             kv_heads, dim, block_tokens, normed.data(), qkv.room.data(), mixed.data(),
+                             query.data()});
         add(ATTENTION, Attention{&step, query.data(), keys.data(), values.data(), block_table.data(),
                                  blocks_a_row, query_start.data(), context_len.data(), heads, kv_heads,
                                  dim, block_tokens, 0.1, one_of<int64_t>({0, 1, 20, 1000}),
                                  attended.data()});
-        add(LINEAR, Linear{&step, attended.data(), output.weight, delta.data()});
+        add(LINEAR, Linear{&step, attended.data(), output.weight, output.room.data(), delta.data()});
         add(NORM_GATE_UP_SWIGLU, NormGateUpSwiglu{&step, residual.data(), delta.data(), norm.data(), 1e-5,
-                                                  gate_up.weight, normed.data(), activated.data()});
+                                                  gate_up.weight, normed.data(), gate_up.room.data(),
+                                                  activated.data()});
         add(NORM_HEAD, NormHead{&step, residual.data(), delta.data(), sampled.data(), norm.data(), 1e-5,
-                                table.weight, normed.data(), logits.data(), vocabulary});
+                                table.weight, normed.data(), table.room.data(), logits.data(), vocabulary});
+        add(CHOOSE, Choose{&step, logits.data(), vocabulary, vocabulary, temperature.data(), seeds.data(),
+                           positions.data(), chosen.data()});
     }
 };
 
@@ -154,7 +167,7 @@ void check(int isa) {
     layer.record(tape, isa);
     Pool pool(int(between(1, 5)));
     for (int i = 0; i < 4; ++i) {
-        layer.fill();
+        layer.fill(i == 0);
         pool.play(tape);
         if (between(0, 5) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));  // they sleep
     }
@@ -163,7 +176,7 @@ void check(int isa) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    const int rounds = count > 1 ? std::atoi(arguments[1]) : 40;
+    const int rounds = count > 1 ? std::atoi(arguments[1]) : 8;
     for (int isa = 0; supported_backend(isa); ++isa) {
         for (int i = 0; i < rounds; ++i) {
             check<uint16_t>(isa);
