@@ -79,9 +79,11 @@ def measure(llm: LLM, batch_size: int, output_len: int, rounds: int) -> dict[str
     return {
         "free_step_ms_p50": round(statistics.median(free_ms), 3),
         "masked_step_ms_p50": round(step_ms, 3),
+        "fastest_step_ms": round(min(free_ms), 3),
         **{f"{name}_ms_p50": round(part, 4) for name, part in parts.items()},
         "masking_ms_p50": round(masking_ms, 4),
         "share": round(masking_ms / step_ms, 4),
+        "share_of_fastest_step": round(masking_ms / min(free_ms), 4),
         "limit": LIMIT,
     }
 
