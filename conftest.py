@@ -10,9 +10,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-# A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Before torch is imported: threads that wait in a loop for each other crawl on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -36,6 +33,8 @@ why_no_model = pytest.StashKey[str]()
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Put the built-in model's path into the environment before any test module reads it."""
+    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     session.config.stash[why_no_model] = f"{MODEL_VARIABLE} is set to nothing"
     if MODEL_VARIABLE in os.environ or session.config.option.collectonly:
         return

@@ -14,9 +14,18 @@ _HOMES = {
     "LLM": "roofline.llm",
     "RequestOutput": "roofline.doors.outputs",
     "SamplingParams": "roofline.request",
+    "StructuredOutputsParams": "roofline.structured_outputs",
 }
 
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -28,7 +28,6 @@ class InputTables:
         names = "token_ids", "positions", "slots", "query_start", "context_len", "block_table"
         self._views = {name: arena[name].numpy() for name in (*names, "last_token")}
         self._block_size = block_size
-        self.sampled = arena["sampled"].numpy() if "sampled" in arena else None
         self.choices = Choices(arena)
         self._held = [0] * arena["block_table"].shape[0]  # blocks in each row's table
 

@@ -112,4 +112,4 @@ def test_a_row_that_starts_again_forgets_its_blocks() -> None:
         plan.add(2, 0, [1, 2, 3], 0, [first_block])
         model.tables.fill(plan)
         assert model.arena["block_table"][2, 0] == first_block
-        assert inputs.slots.tolist() == [first_block * BLOCK + i for i in range(3)]
+        assert model.arena["slots"][:3].tolist() == [first_block * BLOCK + i for i in range(3)]

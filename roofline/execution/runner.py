@@ -93,7 +93,7 @@ class ModelRunner:
     def _logits(self, tokens: list[int]) -> Tensor:
         """Logits [S, V] at some tokens of the step, in the arena."""
         count = len(tokens)
-        self._tables.sampled[:count] = tokens
+        self._arena["sampled"].numpy()[:count] = tokens
         self._program.head(count)
         logits = self._arena["logits"][:count]
         if not self._ops.all_finite(logits):

@@ -33,6 +33,10 @@ class Tape {
 };
 
 // The caller is one of the threads; the others spin for a while after their work, then sleep.
+//
+// A job has a gate. Who comes while it is open takes part and is waited for; who comes late, having
+// found no core to run on, is not missed. The gate is one word: the job's number, whether it is open,
+// and how many have gone in.
 class Pool {
   public:
     explicit Pool(int threads);
@@ -43,10 +47,11 @@ class Pool {
     int size() const { return size_; }
 
   private:
-    void start();
+    void run();
     void close();
     void work(Team& team);
     void follow();
+    bool enter(uint64_t& seen);
 
     const int size_;
     Shared shared_;
@@ -54,7 +59,9 @@ class Pool {
     Kernel kernel_ = nullptr;
     const void* arguments_ = nullptr;
     const Tape* tape_ = nullptr;
-    alignas(64) std::atomic<uint64_t> job_{0};
+    uint64_t first_phase_ = 0;  // of the job
+    alignas(64) std::atomic<uint64_t> gate_{0};
+    alignas(64) std::atomic<uint64_t> left_{0};  // of those who went in
     alignas(64) std::atomic<int> asleep_{0};
     std::atomic<bool> closing_{false};
     std::vector<std::thread> threads_;

@@ -21,7 +21,6 @@ namespace roofline {
 struct Shared {
     alignas(64) std::atomic<uint64_t> claims{0};  // the phase, and below it the tasks taken
     alignas(64) std::atomic<int64_t> done{0};     // tasks of the phase
-    alignas(64) std::atomic<int64_t> joined{0};   // threads that have come to `join`, ever
 };
 
 // One thread's view. Which thread does a task changes no bit of its result.
@@ -62,13 +61,14 @@ class Team {
         }
     }
 
-    // Wait until every thread has come here: after the last op, before arguments may change.
-    void join() {
-        joins_ += size;
-        shared_.joined.fetch_add(1, std::memory_order_acq_rel);
-        for (int spins = 0; shared_.joined.load(std::memory_order_acquire) < joins_; ++spins)
-            pause(spins);
+    // One turn of a wait.
+    static void pause(int spins) {
+        RL_PAUSE();
+        if (spins > SPINS) give_way();
     }
+
+    uint64_t phase() const { return phase_; }
+    void skip_to(uint64_t phase) { phase_ = phase; }
 
   private:
     static constexpr int TASK_BITS = 32;
@@ -79,15 +79,10 @@ class Team {
                             phase >> TASK_BITS; ++spins)
             pause(spins);
     }
-    static void pause(int spins) {
-        RL_PAUSE();
-        if (spins > SPINS) give_way();
-    }
     static void give_way();
 
     Shared& shared_;
     uint64_t phase_ = 0;
-    int64_t joins_ = 0;
 };
 
 }  // namespace roofline
