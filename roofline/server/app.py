@@ -66,11 +66,15 @@ class _Routes:
         params = asked.to_params(self._llm.default_sampling_params())
         if self._tokenizer.chat_template is None:
             raise RequestError(f"{self._model} has no chat template; send text to /v1/completions")
-        ids = await asyncio.to_thread(
-            self._tokenizer.apply_chat_template,
-            asked.to_messages(),
-            **asked.to_template_options(),
-        )
+        try:
+            ids = await asyncio.to_thread(
+                self._tokenizer.apply_chat_template,
+                asked.to_messages(),
+                **asked.to_template_options(),
+            )
+        except RequestError as error:
+            error.param = error.param or "messages"
+            raise
         self._check_length("messages", ids, asked.max_tokens)
         answers = ChatAnswers(
             self._model, self._tokenizer, asked.stream_options, asked.top_logprobs

@@ -101,6 +101,7 @@ class Message(Struct, forbid_unknown_fields=True):
     function_call: None = None
     refusal: None = None
     tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None  # of a role that is refused
 
 
 class _Request(FormRequest, kw_only=True, forbid_unknown_fields=True):
@@ -280,9 +281,10 @@ def _message(index: int, message: Message) -> dict[str, Any]:
     where = f"messages[{index}]"
     if message.role not in _ROLES:
         raise _refused(f"{where}.role", message.role, ", ".join(_ROLES))
-    if message.tool_calls:
-        name = f"{where}.tool_calls"
-        raise RequestError(f"{name} is not supported by this version", param=name)
+    for name, value in (("tool_calls", message.tool_calls), ("tool_call_id", message.tool_call_id)):
+        if value:
+            name = f"{where}.{name}"
+            raise RequestError(f"{name} is not supported by this version", param=name)
     given: dict[str, Any] = {"role": _ROLES[message.role], "content": message.content}
     if not isinstance(message.content, str):
         given["content"] = [

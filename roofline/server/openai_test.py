@@ -226,6 +226,8 @@ def test_messages_are_roles_and_text() -> None:
         ({"role": "user", "content": None}, "messages[1].content"),
         ({"role": "user", "content": 5}, "messages[1].content"),
         ({"role": "tool", "content": "x"}, "messages[1].role is 'tool'"),
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[1].role is 'tool'"),
+        ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages[1].tool_call_id"),
         ({"role": "x" * 9999, "content": "x"}, "messages[1].role"),
         ({"role": 1, "content": "x"}, "messages[1].role"),
         ({"role": "user", "content": "x", "name": "a\nb"}, "messages[1].name"),
