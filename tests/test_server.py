@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import jsonschema
 import openai
 import pytest
 from hypothesis import given, settings
@@ -133,6 +134,28 @@ def test_an_echo_is_the_prompt_and_its_scores(sdk: openai.OpenAI, folder: Path) 
     text, offsets = longer.text, longer.logprobs.text_offset or []
     pieces = [text[a:b] for a, b in zip(offsets, [*offsets[1:], None], strict=True)]
     assert pieces == longer.logprobs.tokens
+
+
+def test_answers_have_the_form_that_was_asked_for(sdk: openai.OpenAI) -> None:
+    properties = {"ok": {"type": "boolean"}, "size": {"enum": [1, 2]}}
+    schema: dict[str, Any] = {"type": "object", "properties": properties, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": USER, "seed": 1, "max_tokens": 1000}
+    pieces = ["", "", ""]
+    for chunk in sdk.chat.completions.create(response_format=form, n=3, stream=True, **asked):
+        (choice,) = chunk.choices
+        pieces[choice.index] += choice.delta.content or ""
+    whole = sdk.chat.completions.create(response_format=form, n=3, **asked)
+    assert [choice.message.content for choice in whole.choices] == pieces
+    for text in pieces:
+        jsonschema.validate(json.loads(text), schema)
+    choice: Any = {"structured_outputs": {"choice": ["Paris", "Rome"]}}
+    one = sdk.chat.completions.create(extra_body=choice, **asked).choices[0]
+    assert one.message.content in ("Paris", "Rome") and one.finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError) as refused:
+        sdk.chat.completions.create(extra_body={"guided_regex": "(("}, **asked)
+    assert refused.value.param == "guided_regex"
 
 
 def test_errors_are_the_sdks_own(sdk: openai.OpenAI) -> None:
