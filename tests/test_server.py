@@ -231,6 +231,23 @@ def test_who_stops_reading_is_left(
         assert llm.stats()["num_used_blocks"] == 0
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_who_sends_a_head_without_end_is_left(
+    url: str, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    monkeypatch.setattr("roofline.server.listening._HEAD_S", 0.5)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as sock:
+        sock.sendall(before)
+        assert not before or sock.recv(65536).startswith(b"HTTP/1.1 200")
+        started = time.monotonic()
+        with contextlib.suppress(OSError):  # the server has left
+            for _ in range(100):
+                sock.sendall(b"G")
+                time.sleep(0.05)
+        assert 0.3 < time.monotonic() - started < 4
+
+
 NAMES = ["messages", "prompt", "model", "n", "temperature", "top_p", "top_k", "stop", "seed"]
 NAMES += ["logit_bias", "logprobs", "top_logprobs", "stream", "stream_options", "echo", "tools"]
 NAMES += ["max_tokens", "min_tokens", "response_format", "chat_template_kwargs", "user", "zzz"]
