@@ -125,8 +125,7 @@ def _nested(chance: random.Random, level: int) -> Schema:
     schema: Schema = _leaf(chance, level)
     for depth in range(1 + level // 2):
         name = chance.choice(_NAMES)
-        schema = {"properties": {name: schema}, "required": [name], "additionalProperties": False}
-        schema["type"] = "object"
+        schema = _closed({name: schema})
         if depth % 2:
             schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
     return schema

