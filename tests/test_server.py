@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import jsonschema
 import openai
 import pytest
 from hypothesis import given, settings
@@ -135,6 +136,28 @@ def test_an_echo_is_the_prompt_and_its_scores(sdk: openai.OpenAI, folder: Path) 
     assert pieces == longer.logprobs.tokens
 
 
+def test_answers_have_the_form_that_was_asked_for(sdk: openai.OpenAI) -> None:
+    properties = {"ok": {"type": "boolean"}, "size": {"enum": [1, 2]}}
+    schema: dict[str, Any] = {"type": "object", "properties": properties, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": USER, "seed": 1, "max_tokens": 1000}
+    pieces = ["", "", ""]
+    for chunk in sdk.chat.completions.create(response_format=form, n=3, stream=True, **asked):
+        (choice,) = chunk.choices
+        pieces[choice.index] += choice.delta.content or ""
+    whole = sdk.chat.completions.create(response_format=form, n=3, **asked)
+    assert [choice.message.content for choice in whole.choices] == pieces
+    for text in pieces:
+        jsonschema.validate(json.loads(text), schema)
+    choice: Any = {"structured_outputs": {"choice": ["Paris", "Rome"]}}
+    one = sdk.chat.completions.create(extra_body=choice, **asked).choices[0]
+    assert one.message.content in ("Paris", "Rome") and one.finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError) as refused:
+        sdk.chat.completions.create(extra_body={"guided_regex": "(("}, **asked)
+    assert refused.value.param == "guided_regex"
+
+
 def test_errors_are_the_sdks_own(sdk: openai.OpenAI) -> None:
     create = sdk.chat.completions.create
     with pytest.raises(openai.BadRequestError) as refused:
@@ -206,6 +229,23 @@ def test_who_stops_reading_is_left(
             time.sleep(0.01)
         wait_until_idle(llm)
         assert llm.stats()["num_used_blocks"] == 0
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_who_sends_a_head_without_end_is_left(
+    url: str, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    monkeypatch.setattr("roofline.server.listening._HEAD_S", 0.5)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as sock:
+        sock.sendall(before)
+        assert not before or sock.recv(65536).startswith(b"HTTP/1.1 200")
+        started = time.monotonic()
+        with contextlib.suppress(OSError):  # the server has left
+            for _ in range(100):
+                sock.sendall(b"G")
+                time.sleep(0.05)
+        assert 0.3 < time.monotonic() - started < 4
 
 
 NAMES = ["messages", "prompt", "model", "n", "temperature", "top_p", "top_k", "stop", "seed"]

@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def refusal(response: httpx2.Response, status: int) -> dict[str, Any]:
     (error,) = response.json().values()
     assert list(error) == ["message", "type", "param", "code"]
     return error
+
+
+def heard_from(
+    client: httpx2.Client, body: dict[str, Any], heard: threading.Event
+) -> httpx2.Response:
+    """A whole response, of which `heard` tells that a stream has begun."""
+    if not body["stream"]:
+        heard.set()
+    with client.stream("POST", COMPLETIONS, json=body) as response:
+        heard.set()
+        response.read()
+    return response
 
 
 def test_these_are_all_the_routes(llm: AsyncLLM) -> None:
@@ -175,17 +188,18 @@ def test_what_only_this_model_cannot_do_is_refused_too(
 def test_an_answer_whose_form_cannot_go_on_is_an_error(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    accept, left = GrammarMatcher.accept, [True] * 6 if stream else []
+    accept, left, heard = GrammarMatcher.accept, [True] * 6 if stream else [], threading.Event()
 
     def fail(self: GrammarMatcher, token: int) -> bool:
         if not left:
+            assert heard.wait(30)
             raise RequestError("the structured output cannot go on")
         left.pop()
         return accept(self, token)
 
     monkeypatch.setattr(GrammarMatcher, "accept", fail)
     body = {"prompt": "a", "guided_regex": "a{12,}", "stream": stream}
-    response = client.post(COMPLETIONS, json=body)
+    response = heard_from(client, body, heard)
     if stream:
         *pieces, error, done, _ = response.text.split("\n\n")
         assert pieces and done == "data: [DONE]"
@@ -213,17 +227,18 @@ def test_a_failed_step_is_500_or_an_event_and_the_next_request_runs(
 ) -> None:
     body = {"prompt": "Hello", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
     right = client.post(COMPLETIONS, json=body).json()["choices"]
-    run, left = ModelRunner.run, [True] * 6 if stream else []
+    run, left, heard = ModelRunner.run, [True] * 6 if stream else [], threading.Event()
 
     def fail(self: ModelRunner, *arguments: Any) -> Any:
         if not left:
+            assert heard.wait(30)
             raise RuntimeError("at 0xdeadbeef in /home/ann")
         left.pop()
         return run(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(ModelRunner, "run", fail)
-        response = client.post(COMPLETIONS, json=body | {"stream": stream})
+        response = heard_from(client, body | {"stream": stream}, heard)
     assert "0xdeadbeef" not in response.text and "/home" not in response.text
     if stream:
         events = response.text.split("\n\n")

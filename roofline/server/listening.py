@@ -3,6 +3,7 @@
 Signals end it: the first lets answers finish for a while, a second does not.
 """
 
+import asyncio
 import contextlib
 import errno
 import socket
@@ -10,11 +11,13 @@ from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from roofline.errors import UsageError
 
 _MAX_HEADER_BYTES = 16 << 10
 _KEEP_ALIVE_S = 30
+_HEAD_S = 30.0  # for a request's head, however slowly it comes
 _DRAIN_S = 5  # for answers under way when it is told to stop
 
 
@@ -44,7 +47,7 @@ def http_server(app: FastAPI) -> uvicorn.Server:
     """What `serve`s sockets until a signal comes, and raises that again when all is ended."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_Connection,
         ws="none",
         lifespan="off",
         log_level="critical",  # errors are told by the routes
@@ -56,6 +59,32 @@ def http_server(app: FastAPI) -> uvicorn.Server:
         timeout_graceful_shutdown=_DRAIN_S,
     )
     return uvicorn.Server(config)
+
+
+class _Connection(H11Protocol):
+    """Closed when a request's head does not arrive in time; uvicorn itself would wait for ever."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(_HEAD_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:  # the head is there
+            self._end_deadline()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(_HEAD_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_deadline()
+        super().connection_lost(exc)
+
+    def _end_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 @contextlib.contextmanager
