@@ -11,13 +11,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from roofline.config import EngineConfig, ModelConfig, ParallelConfig, WeightFormat
+from roofline.config import GROUP_SIZES, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 SCALE_BYTES = 4
 LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
+ROW_MULTIPLE = 16  # rows of a matrix in memory: the lanes of a SIMD register
 
 NativeGroups = Mapping[str, int]  # group size of each checkpoint tensor that is INT8 on disk
 
@@ -60,12 +61,18 @@ class MatrixPlan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the values, without scales."""
-        return self.rows * self.columns * (1 if self.group else ITEM_BYTES[self.dtype])
+        size = 1 if self.group else ITEM_BYTES[self.dtype]
+        return padded_rows(self.rows) * self.columns * size
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of the fp32 scales."""
-        return self.rows * self.groups * SCALE_BYTES
+        return padded_rows(self.rows) * self.groups * SCALE_BYTES
+
+
+def padded_rows(rows: int) -> int:
+    """Rows a matrix has in memory."""
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +205,13 @@ def plan_step_buffers(
     parallel, tp = rank.parallel, rank.tp_rank
     heads = len(parallel.query_heads(model, tp))
     channels = len(parallel.ffn_channels(model, tp))
-    longest_row = max(model.hidden_size, heads * model.head_dim, channels)
+    hidden = model.hidden_size
+    longest_row = max(hidden, heads * model.head_dim, channels)
+    qkv_rows = (heads + 2 * len(parallel.kv_heads(model, tp))) * model.head_dim
+    layer_values = max(  # of an op's activations, before and after they are multiplied
+        tokens * (hidden + qkv_rows) + quantized_values(tokens, hidden),
+        quantized_values(tokens, longest_row),
+    )
     buffers: dict[str, tuple[tuple[int, ...], str]] = {
         "token_ids": ((tokens,), "int64"),
         "positions": ((tokens,), "int64"),
@@ -212,17 +225,27 @@ def plan_step_buffers(
         "query": ((tokens, heads, model.head_dim), dtype),
         "attended": ((tokens, heads, model.head_dim), dtype),
         "activated": ((tokens, channels), dtype),
-        "scratch": ((max(SCRATCH_VALUES, longest_row),), "float32"),
+        "scratch": ((max(SCRATCH_VALUES, longest_row, layer_values),), "float32"),
+        "step": ((4,), "int64"),
         "rope": ((2, step.max_model_len, model.head_dim // 2), "float32"),
     }
     if rank.is_last_stage:
         sampled = max(rows, LOGIT_ROWS)
         buffers["sampled"] = ((sampled,), "int64")
         buffers["logits"] = ((sampled, model.vocab_size), "float32")
+        buffers["temperature"] = ((sampled,), "float64")
+        for name in ("seed", "choice_position", "chosen"):
+            buffers[name] = ((sampled,), "int64")
         if parallel.tensor_parallel_size > 1:
             vocabulary = len(parallel.vocabulary(model, tp))
             buffers["logits_shard"] = ((sampled, vocabulary), "float32")
     return buffers
+
+
+def quantized_values(tokens: int, columns: int) -> int:
+    """Float32 values that take as much as activations in INT8: values, scales and sums."""
+    groups = -(-columns // min(GROUP_SIZES)) + 1  # a cut may begin inside a group
+    return tokens * (-(-columns // 4) + 2 * groups)
 
 
 def buffer_bytes(buffers: Mapping[str, tuple[tuple[int, ...], str]]) -> int:

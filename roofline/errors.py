@@ -37,7 +37,14 @@ class UnsupportedError(UsageError):
 
 
 class RequestError(UsageError, ValueError):
-    """A prompt or sampling parameter out of bounds; names the field and its bounds."""
+    """A prompt or sampling parameter out of bounds; names the field and its bounds.
+
+    For programs, `param` is that field, and `code` the kind of refusal where they act on it.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
 
 
 class CheckpointError(RooflineError):

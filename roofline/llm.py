@@ -4,7 +4,7 @@ The caller's own thread drives the engine, one thread at a time. What a prompt b
 comes back is `doors/`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -45,7 +45,7 @@ class LLM(Door):
         *,
         priority: Sequence[int] | None = None,
         stream: Literal[True],
-    ) -> Iterator[RequestOutput]: ...
+    ) -> Generator[RequestOutput]: ...
 
     def generate(
         self,
@@ -55,7 +55,7 @@ class LLM(Door):
         priority: Sequence[int] | None = None,
         use_tqdm: bool = False,
         stream: bool = False,
-    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+    ) -> list[RequestOutput] | Generator[RequestOutput]:
         """Complete prompts (text or token ids), in their order; `use_tqdm` shows how far it is.
 
         Text is text: a special token's name in it is spelled out, not obeyed. Everything is
@@ -90,7 +90,7 @@ class LLM(Door):
         *,
         stream: Literal[True],
         **options: Unpack[ChatOptions],
-    ) -> Iterator[RequestOutput]: ...
+    ) -> Generator[RequestOutput]: ...
 
     def chat(
         self,
@@ -100,7 +100,7 @@ class LLM(Door):
         use_tqdm: bool = False,
         stream: bool = False,
         **options: Unpack[ChatOptions],
-    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+    ) -> list[RequestOutput] | Generator[RequestOutput]:
         """Answer a conversation or a list of them, written out by the model's chat template.
 
         The rest is as in `generate`. No text in a message becomes a special token.
@@ -137,7 +137,7 @@ class LLM(Door):
             for prompt, own, rank in zip(prompts, each, priorities, strict=True)
         ]
 
-    def _stream(self, asked: Sequence[Generation], use_tqdm: bool) -> Iterator[RequestOutput]:
+    def _stream(self, asked: Sequence[Generation], use_tqdm: bool) -> Generator[RequestOutput]:
         if len(asked) != 1 or use_tqdm:
             raise RequestError(
                 f"stream=True takes one prompt and no progress bar, not {len(asked)} prompts"

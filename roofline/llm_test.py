@@ -135,7 +135,7 @@ CHAT_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "variables that are no mapping": ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x'"),
     "a variable that has an option": ({"chat_template_kwargs": {"tools": []}}, "has tools"),
-    "a variable of no use": ({"chat_template_kwargs": {"thinking": True}}, "no use for thinking"),
+    "a variable of no use": ({"chat_template_kwargs": {"thinking": True}}, "no use for 'thinking'"),
     "a message that is no JSON": ({"messages": [HELLO[0] | {"extra": {1}}]}, "extra is set"),
 }
 

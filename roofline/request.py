@@ -288,7 +288,7 @@ def child_seed(seed: int, index: int) -> int:
 def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     """Refuse no ids at all, and what is no integer in [0, vocab_size), naming the first."""
     if not ids:
-        raise RequestError(f"{name} is empty; it must have at least one token")
+        raise RequestError(f"{name} is empty; it must have at least one token", param=name)
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
         return
     for index, token in enumerate(ids):
@@ -353,4 +353,4 @@ def _biases(value: object) -> dict[int, float] | None:
 
 
 def _refused(name: str, value: object, wanted: str) -> RequestError:
-    return RequestError(f"{name} is {shown(value)}; it must be {wanted}")
+    return RequestError(f"{name} is {shown(value)}; it must be {wanted}", param=name.split()[0])

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ class Repository:
 
     files: dict[str, bytes]
     refs: set[str] = field(default_factory=lambda: {"main"})
-    token: str | None = None  # without which it is hidden, as a private one
-    gated: bool = False  # its files are
-    status: int | None = None  # answered to everything
-    cut_at: dict[str, int] = field(default_factory=dict)  # bytes until a connection breaks, once
-    refused: set[str] = field(default_factory=set)  # files answered with 500
+    token: str | None = None  # that a request must bring
+    gated: bool = False  # files are for those who were let in: nobody
+    status: int = 200  # otherwise the answer to everything
+    failing: set[str] = field(default_factory=set)  # files answered with 500
+    cut_at: dict[str, int] = field(default_factory=dict)  # bytes of a file until, once, it breaks
+    stalled: dict[str, int] = field(default_factory=dict)  # bytes of a file until silence
 
     @property
     def commit(self) -> str:
@@ -35,15 +37,16 @@ class Repository:
 
 
 class Hub:
-    """The repositories by name, and every request that came."""
+    """Repositories by name, and the requests that came: method, path, Range."""
 
     def __init__(self) -> None:
-        self.repositories: dict[str, Repository] = {}
-        self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.endpoint = ""
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.closing = threading.Event()
 
     def add(self, name: str, files: dict[str, bytes], **faults: Any) -> Repository:
-        """Put up a repository."""
+        """Put up a repository, or another commit of it."""
         self.repositories[name] = Repository(files, **faults)
         return self.repositories[name]
 
@@ -54,125 +57,110 @@ class Hub:
         return self.add(name, files, **faults)
 
     def fetched(self) -> list[str]:
-        """The files whose contents were asked for."""
-        return [path.rsplit("/", 1)[1] for method, path, _ in self.requests if method == "FILE"]
+        """The files whose contents were asked for since the last call."""
+        paths = [path for method, path, _ in self.requests if method == "GET" and _FILE.match(path)]
+        self.requests.clear()
+        return [path.split("/resolve/")[1].split("/", 1)[1] for path in paths]
 
 
 @contextmanager
 def serving() -> Iterator[Hub]:
     """A hub that answers until the block ends."""
     hub = Hub()
-
-    class Handler(_Handler):
-        pass
-
-    Handler.hub = hub
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, hub)) as server:
         server.daemon_threads = True
         hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
             yield hub
         finally:
+            hub.closing.set()
             server.shutdown()
             thread.join()
 
 
-_API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
-_FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
+_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
-        self._answer()
+    def __init__(self, hub: Hub, *arguments: Any) -> None:
+        self.hub = hub
+        super().__init__(*arguments)
 
-    def do_HEAD(self) -> None:
-        self._answer()
+    def do_GET(self) -> None:
+        """Answer, whatever is asked."""
+        path = urlsplit(self.path).path
+        self.hub.requests.append((self.command, path, self.headers["Range"]))
+        asked = _FILE.fullmatch(path) or _API.fullmatch(path)
+        repository = self.hub.repositories.get(asked["repo"]) if asked else None
+        if asked is None or repository is None:
+            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif repository.status != 200:
+            self._send(repository.status, b"login here" if repository.status == 201 else b"")
+        elif repository.token and self.headers["Authorization"] != f"Bearer {repository.token}":
+            self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
+        elif unquote(asked["revision"] or "main") not in {*repository.refs, repository.commit}:
+            self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif "name" in asked.re.groupindex:
+            self._send_file(repository, unquote(asked["name"]))
+        else:
+            self._send(200, json.dumps(_info(asked["repo"], repository)).encode())
+
+    do_HEAD = do_GET  # noqa: N815 (http.server's name)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Say nothing."""
 
-    def _answer(self) -> None:
-        path = urlsplit(self.path).path
-        file, api = _FILE.fullmatch(path), _API.fullmatch(path)
-        kind = "FILE" if file and self.command == "GET" else self.command
-        self.hub.requests.append((kind, unquote(path), self.headers["Range"]))
-        match = file or api
-        repository = self.hub.repositories.get(unquote(match[1])) if match else None
-        if match is None or repository is None:
-            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif repository.status is not None:
-            self._send(repository.status, b"")
-        elif repository.token and self.headers["Authorization"] != f"Bearer {repository.token}":
-            self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
-        elif unquote(match[3 if api else 2] or "main") not in {
-            *repository.refs,
-            repository.commit,
-        }:
-            self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif api:
-            body = _tree(repository) if api[2] == "tree" else _info(api[1], repository)
-            self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        else:
-            self._send_file(repository, unquote(match[3]))
-
     def _send_file(self, repository: Repository, name: str) -> None:
+        data = repository.files.get(name)
         if repository.gated:
             self._send(403, b"", {"X-Error-Code": "GatedRepo"})
-        elif name not in repository.files:
+        elif data is None:
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-        elif name in repository.refused and self.command == "GET":
+        elif name in repository.failing and self.command == "GET":
             self._send(500, b"")
         else:
-            data = repository.files[name]
-            headers = {
-                "ETag": f'"{_blob_id(data)}"',
-                "X-Repo-Commit": repository.commit,
-                "Accept-Ranges": "bytes",
-            }
+            headers = {"ETag": f'"{_blob_id(data)}"', "X-Repo-Commit": repository.commit}
             start, status = 0, 200
-            if asked := self.headers["Range"]:
-                start, status = int(asked.removeprefix("bytes=").rstrip("-")), 206
+            if wanted := self.headers["Range"]:
+                start, status = int(wanted.removeprefix("bytes=").removesuffix("-")), 206
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            cut = repository.cut_at.pop(name, None) if self.command == "GET" else None
-            self._send(status, data[start:], headers, cut)
+            breaks = None
+            if self.command == "GET":
+                breaks = repository.cut_at.pop(name, repository.stalled.get(name))
+            self._send(status, data[start:], headers, breaks)
+            if breaks is not None:
+                if name in repository.stalled:
+                    self.hub.closing.wait()
+                self.close_connection = True
 
     def _send(
         self,
         status: int,
         body: bytes,
         headers: dict[str, str] | None = None,
-        cut: int | None = None,
+        end: int | None = None,
     ) -> None:
-        """Answer; with `cut`, hang up after so many bytes of the body."""
+        """Answer with a body, of which only the bytes before `end` are sent."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:cut])
-        if cut is not None:
+            self.wfile.write(body[:end])
             self.wfile.flush()
-            self.close_connection = True
 
 
 def _info(name: str, repository: Repository) -> dict[str, Any]:
     siblings = [
-        {"rfilename": file["path"], "size": file["size"], "blobId": file["oid"]}
-        for file in _tree(repository)
+        {"rfilename": file, "size": len(data), "blobId": _blob_id(data)}
+        for file, data in repository.files.items()
     ]
     return {"id": name, "sha": repository.commit, "siblings": siblings, "tags": []}
-
-
-def _tree(repository: Repository) -> list[dict[str, Any]]:
-    return [
-        {"type": "file", "path": name, "size": len(data), "oid": _blob_id(data)}
-        for name, data in repository.files.items()
-    ]
 
 
 def _blob_id(data: bytes) -> str:

@@ -1,183 +1,257 @@
-"""Two hundred JSON schemas of growing difficulty, whose values are short: ten kinds of twenty."""
+"""JSON schemas of growing difficulty, seeded: what `tests/test_structured_outputs.py` asks for.
 
-import json
+Everything is bounded in length, so that a small model can come to an end of it.
+"""
+
 import random
 from collections.abc import Callable
 from typing import Any
 
 Schema = dict[str, Any]
-PER_KIND = 20
 
-_WORDS = ("red", "noun", "été", "名前", "a b", 'q"q', "x/y", "😀", "-", "Straße")
+LEVELS = 10
+_NAMES = (
+    "name",
+    "city",
+    "größe",
+    "名前",
+    "with space",
+    'a "quote"',
+    "naïve 😀",
+    "back\\slash",
+    "x",
+)
+_WORDS = ("red", "green", "", "grün", "青い", 'say "hi"', "line\nbreak", "river", "a/b", "😀")
+_PATTERNS = (
+    "^[a-z]{1,8}$",
+    "^\\d{3}-\\d{4}$",
+    "^(yes|no|maybe)$",
+    "^[A-Z][a-z]{2,9}( [A-Z][a-z]{2,9})?$",
+    "^#[0-9a-f]{6}$",
+    "^(é|ü|😀){1,4}$",
+    "^[^\\s<>]{1,12}$",
+    "^v\\d{1,2}(\\.\\d{1,2}){2}$",
+    "^.{2,12}$",
+    "^(([a-c]{2}|[x-z]{3})_){1,3}end$",
+)
+# The formats that are enforced and that `jsonschema` checks without further packages.
+_FORMATS = ("date", "email", "ipv4", "ipv6", "uuid")
 
 
-def schemas() -> list[Schema]:
-    """The same ones every time, no two alike."""
-    found: dict[str, Schema] = {}
-    for number, kind in enumerate(_KINDS, 1):
-        chance = random.Random(number)
-        while len(found) < number * PER_KIND:
-            schema = kind(chance)
-            found[json.dumps(schema)] = schema
-    return list(found.values())
+def schemas() -> list[tuple[str, Schema]]:
+    """200 names and schemas: each kind in ten levels, the easy levels first."""
+    made = []
+    for level in range(LEVELS):
+        for kind in _KINDS:
+            chance = random.Random(f"{kind.__name__} {level}")
+            made.append((f"{kind.__name__.strip('_')} {level}", kind(chance, level)))
+    return made
 
 
-def _scalar(chance: random.Random) -> Schema:
-    low = chance.randint(-50, 40)
-    return chance.choice(
-        [
-            {"type": "boolean"},
-            {"type": "null"},
-            {"type": "integer", "minimum": low, "maximum": low + chance.randint(0, 60)},
-            {"type": "integer", "exclusiveMinimum": low, "exclusiveMaximum": low + 9},
-            {
-                "type": "integer",
-                "multipleOf": chance.choice([5, 7, 12]),
-                "maximum": 99,
-                "minimum": 0,
-            },
-            {"type": "number", "minimum": low / 4, "maximum": low / 4 + 1, "multipleOf": 0.25},
-            {"type": ["integer", "null"], "minimum": 0, "maximum": 9},
-        ]
+def _scalar(chance: random.Random, level: int) -> Schema:
+    kinds: list[Schema] = [
+        {"type": "integer", "minimum": -50, "maximum": 999},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"type": "string", "maxLength": 12},
+    ]
+    return kinds[level % 4] if level < 4 else chance.choice(kinds)
+
+
+def _string(chance: random.Random, level: int) -> Schema:
+    least = chance.randint(0, level)
+    return {"type": "string", "minLength": least, "maxLength": least + chance.randint(0, 20)}
+
+
+def _pattern(_: random.Random, level: int) -> Schema:
+    return {"type": "string", "pattern": _PATTERNS[level]}
+
+
+def _format(_: random.Random, level: int) -> Schema:
+    return {"type": "string", "format": _FORMATS[level % len(_FORMATS)]}
+
+
+def _integer(chance: random.Random, level: int) -> Schema:
+    low = chance.randint(-(10**level), 10**level)
+    schema: Schema = {"type": "integer", "minimum": low, "maximum": low + 10 ** (level // 2 + 1)}
+    if level % 3 == 2:
+        schema = {"type": "integer", "exclusiveMinimum": low, "exclusiveMaximum": low + 20}
+    if level % 4 == 3:
+        schema["multipleOf"] = chance.choice([2, 5, 7])
+    return schema
+
+
+def _number(chance: random.Random, level: int) -> Schema:
+    low = round(chance.uniform(-100, 100), 1 + level % 3)
+    span = chance.choice([0.5, 7.25, 1000.0])
+    ends = ("minimum", "maximum") if level % 2 else ("exclusiveMinimum", "exclusiveMaximum")
+    return (
+        {"enum": [low, 1e-3, -0.5]}
+        if level == 9
+        else {"type": "number", ends[0]: low, ends[1]: round(low + span, 3)}
     )
 
 
-def _choice(chance: random.Random) -> Schema:
-    values: list[Any] = [*chance.sample(_WORDS, 3), chance.randint(0, 999), None, 1.5, [], {"é": 1}]
-    chance.shuffle(values)
-    return {"const": values[0]} if chance.random() < 0.3 else {"enum": values[:4]}
+def _enum(chance: random.Random, level: int) -> Schema:
+    values: list[Any] = [*chance.sample(_WORDS, 2 + level // 2), level, None, True, -1.5]
+    if level > 4:
+        values += [[1, "two"], {"größe": [level], "n": {}}]
+    return {"enum": chance.sample(values, 2 + level // 2)}
 
 
-def _string(chance: random.Random) -> Schema:
-    patterns = ("^[A-Z][a-z]{1,6}$", "^\\d{3}-\\d{4}$", "^(ab|cd){1,3}$", "^#[0-9a-f]{6}$", "^é+$")
-    least = chance.randint(0, 4)
-    return chance.choice(
-        [
-            {"type": "string", "minLength": least, "maxLength": least + chance.randint(0, 6)},
-            {"type": "string", "pattern": chance.choice(patterns), "maxLength": 8},
-            {"type": "string", "minLength": 1, "maxLength": 4, "enum": list(_WORDS)},
-        ]
-    )
+def _const(chance: random.Random, level: int) -> Schema:
+    value: Any = chance.choice(_WORDS)
+    for depth in range(level):
+        value = [value, depth] if depth % 2 else {chance.choice(_NAMES): value}
+    return {"const": value}
 
 
-def _format(chance: random.Random) -> Schema:
-    names = ("date", "time", "date-time", "ipv4", "uuid", "duration", "email")
-    bounded = {
-        "email": {"maxLength": 20},
-        "date-time": {"maxLength": 20},
-        "time": {"maxLength": 9},
-    }
-    name = chance.choice(names)
-    value = {"type": "string", "format": name} | bounded.get(name, {})
-    held = {"type": "object", "properties": {name: value}, "required": [name]}
-    row = {"type": "array", "items": value, "minItems": 1, "maxItems": 1}
-    null = {**value, "type": ["string", "null"]}
-    return chance.choice([value, null, row, {**held, "additionalProperties": False}])
+def _leaf(chance: random.Random, level: int) -> Schema:
+    kind = chance.choice([_scalar, _integer, _enum, _pattern, _const])
+    return kind(chance, chance.randint(0, min(level, 3)))
 
 
-def _array(chance: random.Random) -> Schema:
-    least = chance.randint(0, 2)
-    bounds = {"minItems": least, "maxItems": least + chance.randint(0, 2)}
-    items = _leaf(chance)
-    return chance.choice(
-        [
-            {"type": "array", "items": items, **bounds},
-            {"type": "array", "items": {"type": "array", "items": items, "maxItems": 2}, **bounds},
-            {"type": "array", "prefixItems": [items, _leaf(chance)], "items": False},
-        ]
-    )
-
-
-def _object(chance: random.Random, depth: int = 0) -> Schema:
-    names = chance.sample(_WORDS, chance.randint(1, 3))
-    inner = _leaf if depth == 0 else lambda chance: _object(chance, depth - 1)
+def _object(chance: random.Random, level: int) -> Schema:
+    names = chance.sample(_NAMES, 1 + level // 3)
     return {
         "type": "object",
-        "properties": {name: inner(chance) for name in names},
-        "required": chance.sample(names, chance.randint(0, len(names))),
+        "properties": {name: _leaf(chance, level) for name in names},
+        "required": chance.sample(names, chance.randint(1, len(names))),
         "additionalProperties": False,
     }
 
 
-def _nested(chance: random.Random) -> Schema:
-    return _object(chance, depth=chance.randint(1, 3))
+def _nested(chance: random.Random, level: int) -> Schema:
+    schema: Schema = _leaf(chance, level)
+    for depth in range(1 + level // 2):
+        name = chance.choice(_NAMES)
+        schema = _closed({name: schema})
+        if depth % 2:
+            schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
+    return schema
 
 
-def _combined(chance: random.Random) -> Schema:
-    kinds = [{"type": "null"}, {"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 9}]
-    tagged = [
-        {
-            **_object(chance),
-            "properties": {"kind": {"const": tag}, "n": kinds[2]},
-            "required": ["kind"],
+def _array(chance: random.Random, level: int) -> Schema:
+    least = chance.randint(0, level // 3)
+    most = least + chance.randint(1, 3)
+    return {"type": "array", "items": _leaf(chance, level), "minItems": least, "maxItems": most}
+
+
+def _tuple(chance: random.Random, level: int) -> Schema:
+    count = 1 + level // 3
+    return {
+        "type": "array",
+        "prefixItems": [_leaf(chance, level) for _ in range(count)],
+        "items": False if level % 2 else {"type": "boolean"},
+        "minItems": count,
+        "maxItems": count + 2,
+    }
+
+
+def _any_of(chance: random.Random, level: int) -> Schema:
+    return {"anyOf": [_leaf(chance, level) for _ in range(2 + level // 3)]}
+
+
+def _one_of(chance: random.Random, level: int) -> Schema:
+    """Kinds told apart by a constant, as in a tagged union."""
+    tagged = []
+    for index in range(2 + level // 4):
+        properties = {"kind": {"const": f"kind {index}"}, "value": _leaf(chance, level)}
+        tagged.append(_closed(properties))
+    return {"oneOf": tagged}
+
+
+def _all_of(chance: random.Random, level: int) -> Schema:
+    low = chance.randint(-9, 9)
+    first = {"type": "object", "properties": {"n": {"type": "integer", "minimum": low}}}
+    second = {"properties": {"n": {"maximum": low + 5 + level}}, "required": ["n"]}
+    third = {"properties": {"w": {"enum": chance.sample(_WORDS, 3)}}, "required": ["w"]}
+    parts = [first, second] + [third] * (level > 4)
+    names = {name: True for part in parts for name in part["properties"]}
+    return {"allOf": parts, "properties": names, "additionalProperties": False}
+
+
+def _reference(chance: random.Random, level: int) -> Schema:
+    point = {"$ref": "#/$defs/point"}
+    fields = {f"p{index}": point for index in range(1 + level // 4)}
+    size = {"$ref": "#/$defs/gr%C3%B6%C3%9Fe"}
+    corner: Schema = {"x": size, "y": size}
+    definitions = {"point": _closed(corner), "größe": _integer(chance, level // 3)}
+    return {"$defs": definitions, **_closed(fields)}
+
+
+def _recursive(chance: random.Random, level: int) -> Schema:
+    """A list or a tree in itself: the model decides how deep it goes."""
+    node: Schema = _closed({"value": _leaf(chance, level // 2)})
+    below: Schema = {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}
+    if level % 2:
+        below = {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 1 + level // 5}
+    node["properties"]["next"] = below
+    node["required"].append("next")
+    return {"$defs": {"node": node}, "$ref": "#/$defs/node"}
+
+
+def _open(chance: random.Random, level: int) -> Schema:
+    """Further keys, whose values have a schema, in number or by a pattern of their names."""
+    schema: Schema = {"type": "object", "additionalProperties": _leaf(chance, level)}
+    if level % 3 == 1:
+        schema = {
+            "type": "object",
+            "patternProperties": {"^[a-z]{1,6}$": _leaf(chance, level)},
+            "additionalProperties": False,
         }
-        for tag in ("a", "b")
-    ]
-    return chance.choice(
-        [
-            {"anyOf": [_leaf(chance), _array(chance), _object(chance)]},
-            {"oneOf": [*kinds[:2], {"type": "string", "maxLength": 4}]},
-            {"oneOf": tagged},
-            {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 9}, {"multipleOf": 2}]},
-            {"allOf": [_object(chance), {"type": "object"}]},
-            {"type": "integer", "anyOf": [{"minimum": 90}, {"maximum": 3}], "allOf": [kinds[2]]},
-        ]
-    )
+    if level % 3 == 2:
+        schema["required"] = [chance.choice(_NAMES)]
+    return {**schema, "maxProperties": 3}
 
 
-def _recursive(chance: random.Random) -> Schema:
-    leaf = _leaf(chance)
-    tree = {
+def _several_types(chance: random.Random, level: int) -> Schema:
+    types = chance.sample(["string", "integer", "null", "boolean"], 2 + level // 5)
+    return {"type": types, "maxLength": 10, "minimum": 0, "maximum": 10**level}
+
+
+def _record(chance: random.Random, level: int) -> Schema:
+    """What people write: several of the above in one object, with an old $schema."""
+    properties = {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]{2,9}$", "description": "a name"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120, "default": 7},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}, "maxItems": 3},
+        "home": _object(chance, level // 2),
+        "choice": _any_of(chance, level // 2),
+    }
+    names = list(properties)[: 2 + level // 3]
+    schema = _closed({name: properties[name] for name in names})
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Record", **schema}
+
+
+def _closed(properties: Schema) -> Schema:
+    return {
         "type": "object",
-        "properties": {"v": {"$ref": "#/$defs/leaf"}, "next": {"$ref": "#/$defs/tree"}},
-        "required": ["v"],
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
     }
-    lists = {"anyOf": [leaf, {"type": "array", "items": {"$ref": "#"}, "maxItems": 1}]}
-    rooted = {"$ref": "#/$defs/tree", "$defs": {"leaf": leaf, "tree": tree}}
-    chain = {
-        "$ref": "#/definitions/a~1b",
-        "definitions": {"a/b": {"$ref": "#/definitions/c"}, "c": leaf},
-    }
-    return chance.choice([lists, rooted, chain])
 
 
-def _everything(chance: random.Random) -> Schema:
-    switches = {"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 1}
-    letters = {"type": "object", "patternProperties": {"^[a-c]$": _leaf(chance)}}
-    letters |= {"additionalProperties": False, "minProperties": 1, "maxProperties": 2}
-    whole = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "all",
-        "description": "of it",
-        "type": "object",
-        "properties": {
-            "名": _leaf(chance),
-            "sub": _object(chance),
-            "list": _array(chance),
-            "how": _combined(chance),
-            "when": _format(chance),
-        },
-        "required": ["list", "how"],
-        "additionalProperties": False,
-    }
-    rows = {"type": "array", "items": _object(chance), "minItems": 1, "maxItems": 2}
-    return chance.choice([switches, letters, whole, rows])
-
-
-def _leaf(chance: random.Random) -> Schema:
-    return chance.choice((_scalar, _choice, _string))(chance)
-
-
-_KINDS: tuple[Callable[[random.Random], Schema], ...] = (
+_KINDS: tuple[Callable[[random.Random, int], Schema], ...] = (
     _scalar,
-    _choice,
     _string,
+    _pattern,
     _format,
-    _array,
+    _integer,
+    _number,
+    _enum,
+    _const,
     _object,
     _nested,
-    _combined,
+    _array,
+    _tuple,
+    _any_of,
+    _one_of,
+    _all_of,
+    _reference,
     _recursive,
-    _everything,
+    _open,
+    _several_types,
+    _record,
 )

@@ -14,10 +14,14 @@ TORCH_FREE = (
     "roofline",
     "roofline.budget",
     "roofline.cli",
+    "roofline.cli.chat",
     "roofline.config",
     "roofline.engine",
     "roofline.errors",
+    "roofline.models.cached",
+    "roofline.models.facts",
     "roofline.models.hub",
+    "roofline.models.huggingface",
     "roofline.request",
     "roofline.scheduling.scheduler",
 )
@@ -26,6 +30,16 @@ TORCH_FREE = (
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_import_brings_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_line_editor_costs_nothing_before_a_person_types() -> None:
+    code = "import sys, roofline.cli.chat; sys.exit('prompt_toolkit' in sys.modules)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_model_that_is_a_path_costs_no_hub() -> None:
+    code = "import sys, roofline.models.opening; sys.exit('huggingface_hub' in sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

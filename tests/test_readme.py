@@ -1,4 +1,4 @@
-"""What the README and a page of docs/ show in Python is run as it stands, on the model it names."""
+"""What the README shows in Python is run as it stands, on the model it names."""
 
 import re
 import subprocess
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PAGES = "".join((ROOT / page).read_text() for page in ("README.md", "docs/structured_outputs.md"))
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGES, re.DOTALL | re.MULTILINE)
+README = Path(__file__).parents[1] / "README.md"
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

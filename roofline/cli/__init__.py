@@ -58,6 +58,8 @@ _bench = App(name="bench", help="Measure speed.")
 
 for _name, _help in {
     "run": "Answer a prompt, and say on stderr how close that came to the roofline.",
+    "chat": "Talk with a model at a terminal, or one message a line through a pipe.",
+    "serve": "Serve a model over HTTP, as OpenAI's API.",
     "ppl": "Measure perplexity on a text file.",
     "fit": "Say what a model takes on every rank, what fits and how fast it could be.",
     "quantize": "Write a model as group-wise INT8 safetensors.",

@@ -55,13 +55,15 @@ def latency(
         load_s = time.monotonic() - started
         _check_context(llm, "input_len", input_len, output_len)
         runs = _timed(lambda seed: _Run.of(llm, **sizes, seed=seed), **counts)
+    typical = _typical(runs)
+    bandwidth = figures.bandwidth_gb_s(reached=typical.read_gb_s(batch_size))
     report = {
         "model": model,
         **sizes,
         **counts,
         "load_s": load_s,
         **_medians(runs, batch_size * output_len),
-        **_typical(runs).report(figures.bandwidth_gb_s(), batch_size),
+        **typical.report(bandwidth, batch_size),
     }
     _print(report, json)
 

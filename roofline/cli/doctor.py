@@ -3,6 +3,7 @@
 It says something useful where nothing else works: torch may be absent or broken.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -28,7 +29,10 @@ from roofline.errors import RooflineError
 # Flags of /proc/cpuinfo that decide how fast INT8 and bfloat16 can be.
 _SIMD_X86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _SIMD_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
-_OTHER_VARIABLES = ("ROOFLINE_CACHE", "ROOFLINE_DEBUG", "ROOFLINE_TEST_DATA", "ROOFLINE_TEST_GGUF")
+_OTHER_VARIABLES = tuple(
+    f"ROOFLINE_{name}" for name in ("CACHE", "DEBUG", "TEST_DATA", "TEST_GGUF", "REQUIRE_NATIVE")
+)
+_THREAD_FACTS = ("threads", "kernel_threads")  # of torch, and of our own kernels
 _LITTLE_MEMORY = 2_000_000_000  # bytes
 
 
@@ -37,7 +41,9 @@ def doctor(*, json: options.Json = False) -> None:
     torch, broken = _import_torch()
     facts = _versions() | _machine() | _cache()
     if torch is not None:
-        facts |= _torch_facts(torch)
+        kernels, missing = _kernels(importlib.import_module("roofline.ops.backends"))
+        facts |= _torch_facts(torch) | kernels
+        broken += missing
     facts["variables"] = {k: v for k, v in os.environ.items() if k.startswith("ROOFLINE_")}
     problems = [*broken, *_problems(facts)]
     if json:
@@ -93,9 +99,23 @@ def _torch_facts(torch: ModuleType) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.is_available(),
-        "kernels": "reference",
         "bandwidth_gb_s": figures.bandwidth_gb_s(anew=True),
     }
+
+
+def _kernels(backends: ModuleType) -> tuple[dict[str, Any], list[str]]:
+    """Which kernels a model would run on, why and on how many threads; what keeps better away."""
+    config = EngineConfig()
+    with contextlib.suppress(RooflineError):  # told among the problems
+        config = EngineConfig(**environment_options(os.environ))
+    try:
+        name, why = backends.survey(config)
+    except RooflineError as error:
+        name, why = "none", error.message
+    threads = config.threads or backends.usable_cores()
+    facts = {"kernels": name, "kernels_why": why, "kernel_threads": threads}
+    stands_in = name == "none" or (name == "reference" and config.cpu_isa != "reference")
+    return facts, [why] if stands_in else []
 
 
 def _problems(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -104,9 +124,9 @@ def _problems(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["available_memory_bytes"] < _LITTLE_MEMORY:
         free = facts["available_memory_bytes"] / 1e9
         yield f"only {free:.1f} GB of memory are free; `roofline fit MODEL` says what a model needs"
-    threads, cores = facts.get("threads", 1), facts["usable_cores"]
+    threads, cores = max(facts.get(f, 1) for f in _THREAD_FACTS), facts["usable_cores"]
     if threads > cores:
-        yield f"torch runs {threads} threads on {cores} usable cores; set ROOFLINE_THREADS={cores}"
+        yield f"{threads} threads run on {cores} usable cores; set ROOFLINE_THREADS={cores}"
     folder = facts["cache_folder"]
     if not _is_writable(Path(folder)):
         yield f"{folder} cannot be written; set ROOFLINE_CACHE to a folder that can"

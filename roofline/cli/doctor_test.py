@@ -6,6 +6,8 @@ import pytest
 
 from roofline.cli import doctor, figures
 from roofline.models import builtin
+from roofline.ops.cpu import library
+from tests.native_library import open_native
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +28,7 @@ def test_it_tells_what_the_machine_has(capsys: pytest.CaptureFixture[str], tmp_p
     report = examine(capsys)
     for name in ("roofline", "python", "torch", "cpu", "cores", "available_memory_bytes"):
         assert report[name], name
-    assert (report["kernels"], report["bandwidth_gb_s"]) == ("reference", 20.0)
+    assert report["bandwidth_gb_s"] == 20.0
     assert report["cache_folder"] == str(tmp_path / "cache")
     assert report["variables"] == {"ROOFLINE_CACHE": str(tmp_path / "cache")}
 
@@ -35,6 +37,48 @@ def test_a_person_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.doctor()
     out = capsys.readouterr().out
     assert "cpu " in out and "bandwidth gb s" in out
+
+
+def test_it_tells_which_kernels_run_and_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    isas = open_native().isas
+    report = examine(capsys)
+    assert report["kernels"] == isas[0]
+    assert report["kernels_why"] == f"the best of {', '.join(isas)}, which this CPU runs"
+    assert report["kernel_threads"] == report["usable_cores"]
+    monkeypatch.setenv("ROOFLINE_CPU_ISA", "portable")
+    monkeypatch.setenv("ROOFLINE_THREADS", "1000")
+    report = examine(capsys)
+    assert report["kernels"] == "portable" and report["kernels_why"].startswith(
+        "the one asked for of "
+    )
+    assert any(problem.startswith("1000 threads run on ") for problem in report["problems"])
+
+
+def test_it_tells_that_the_kernels_are_missing_and_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(library, "_candidates", lambda: iter(()))
+    report = examine(capsys)
+    assert report["kernels"] == "reference"
+    missing = [p for p in report["problems"] if "native kernels are not built" in p]
+    assert len(missing) == 1 and "apt install g++" in missing[0] and "\n" not in missing[0]
+    monkeypatch.setenv("ROOFLINE_CPU_ISA", "reference")
+    report = examine(capsys)
+    assert (report["kernels"], report["kernels_why"]) == ("reference", "asked for")
+    assert not any("native" in problem for problem in report["problems"])
+
+
+def test_kernels_that_this_cpu_lacks_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_native()
+    monkeypatch.setattr(library, "_isas", lambda functions: iter(["portable"]))
+    monkeypatch.setenv("ROOFLINE_CPU_ISA", "avx2")
+    report = examine(capsys)
+    assert report["kernels"] == "none"
+    assert any("cpu_isa is 'avx2'" in problem for problem in report["problems"])
 
 
 @pytest.mark.parametrize(

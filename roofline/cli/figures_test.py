@@ -1,8 +1,10 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from roofline import CompletionOutput, RequestOutput
+from roofline import CompletionOutput, RequestOutput, execution
+from roofline.cli import figures
 from roofline.cli.figures import Decoding, one_line
 from roofline.doors.outputs import RequestMetrics
 
@@ -64,3 +66,15 @@ def test_a_person_reads_one_line() -> None:
         "7 prompt tokens, first token after 0.25 s, then 12.5 tokens/s: 2.50 of 10.0 GB/s, "
         "25.0% of the roofline"
     )
+
+
+def test_a_run_that_beats_the_known_bandwidth_has_it_measured_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ROOFLINE_CACHE", str(tmp_path))
+    measured = iter([10.0, 30.0, 99.0])
+    monkeypatch.setattr(execution.bandwidth, "measure", lambda: next(measured))
+    assert figures.bandwidth_gb_s() == 10
+    assert figures.bandwidth_gb_s(reached=9.9) == 10
+    assert figures.bandwidth_gb_s(reached=11.0) == 30
+    assert figures.bandwidth_gb_s() == 30

@@ -14,10 +14,10 @@ def ls(*, json: options.Json = False) -> None:
     """List every model that has been fetched and runs."""
     found = models.cached.cached_models()
     if json:
-        fields = ("reference", "revision", "format", "size_bytes", "modified")
-        listed = [{name: getattr(model, name) for name in fields} for model in found]
-        listed = [row | {"path": str(model.path)} for row, model in zip(listed, found, strict=True)]
-        output.print_json({"models": listed})
+        output.print_json({"models": [model.report() for model in found]})
+        return
+    if not found:
+        print("nothing has been fetched; `roofline pull MODEL` does")
         return
     table = Table(
         "model", "format", "size", "modified", "revision", box=SIMPLE_HEAD, pad_edge=False

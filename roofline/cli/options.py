@@ -5,9 +5,12 @@ is checked here and no default is filled in: the dataclass does both, for every 
 before ROOFLINE_* variables, those before the file of `--config`, and that before the built-in.
 """
 
+import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
+import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -16,6 +19,7 @@ from cyclopts import Group, Parameter, Token
 
 from roofline.cli.config_file import read_config_file
 from roofline.config import EngineConfig, environment_options, parse_option
+from roofline.errors import UsageError, shown
 from roofline.request import SamplingParams
 
 Model = Annotated[
@@ -109,6 +113,30 @@ def take_sampling(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in _SAMPLING_HELP if name in given}
 
 
+def settable() -> list[str]:
+    """Names of the sampling options that a chat can change."""
+    return [*_SAMPLING_HELP, "seed"]
+
+
+def parse_sampling(name: str, text: str) -> Any:
+    """What the text of a settable sampling option means; a list is JSON, or its only item."""
+    if name not in settable():
+        near = difflib.get_close_matches(name, settable(), 1)
+        advice = f"did you mean {near[0]}?" if near else f"options: {', '.join(settable())}"
+        raise UsageError(f"unknown sampling option {shown(name)}; {advice}")
+    hint = get_type_hints(SamplingParams)[name]
+    if text == "none" and type(None) in get_args(hint):
+        return None
+    item = _item_hint(hint)
+    if item is None:
+        return parse_option(hint, text)
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, (str, list)):
+            return value if isinstance(value, list) else [value]
+    return [parse_option(item, text)]
+
+
 def _from_file(name: str, spelled: Collection[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a file that the command has and that nothing before the file gives.
 
@@ -138,12 +166,16 @@ _ENGINE = Group("Engine", help="Each is read from the environment too.", sort_ke
 
 
 def _option(name: str, hint: Any, group: Group, text: str, default: object) -> inspect.Parameter:
-    """A keyword that is absent unless given; the help shows what holds then."""
-    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
-    kind, item, read = (bool, hint, None) if hint is bool else (str, hint, _read_one(hint))
-    if lists:
-        (item,) = get_args(lists[0])
-        kind, read = list[str], _read_all(item)
+    """A keyword that is absent unless given; the help shows what holds then.
+
+    Its declared type says how many words it takes and nothing more: cyclopts has values checked
+    against it wherever pydantic happens to be imported, and ours are checked by the dataclass.
+    """
+    kind, item, read = (bool | None, hint, None) if hint is bool else (Any, hint, _read_one(hint))
+    items = _item_hint(hint)
+    if items is not None:
+        item = items
+        kind, read = list[Any] | None, _read_all(item)
     parameter = Parameter(
         group=group,
         help=text,
@@ -156,6 +188,12 @@ def _option(name: str, hint: Any, group: Group, text: str, default: object) -> i
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _item_hint(hint: Any) -> Any:
+    """The type of a list's items; None for what is no list."""
+    lists = [member for member in get_args(hint) if get_origin(member) is Sequence]
+    return get_args(lists[0])[0] if lists else None
 
 
 def _read_one(hint: Any) -> Callable[[Any, Sequence[Token]], Any]:

@@ -19,11 +19,12 @@ NOT_OFFERED = {
     "logprobs",  # no figure of an answer
     "prompt_logprobs",
     "skip_special_tokens",
+    "structured_outputs",  # an object
     "include_stop_str_in_output",
-    "structured_outputs",  # schemas and grammars are no line of text
 }
 
 VALUES = {  # option: text, value
+    "revision": ("v1.0", "v1.0"),
     "load_format": ("dummy", "dummy"),
     "tokenizer": ("a folder/1", "a folder/1"),
     "chat_template": ("{{ 1 }}", "{{ 1 }}"),
@@ -39,6 +40,7 @@ VALUES = {  # option: text, value
 }
 
 REFUSED = {
+    "revision": "",
     "load_format": "pickle",
     "tokenizer": "",
     "generation_config": "",

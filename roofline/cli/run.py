@@ -49,7 +49,7 @@ def run(
     measured = {
         "load_s": submitted - started,
         "ttft_s": (answer.metrics.first_token_time or submitted) - submitted,
-        **decoding.report(figures.bandwidth_gb_s()),
+        **decoding.report(figures.bandwidth_gb_s(reached=decoding.read_gb_s())),
     }
     if json:
         output.print_json(_answered(answer) | measured)

@@ -75,6 +75,9 @@ class EngineConfig:
         "auto keeps the groups of a file that is already INT8, else 128",
     )
     dtype: Literal["bfloat16", "float32"] = _option("bfloat16", "of activations and KV cache")
+    activations: Literal["float", "int8"] = _option(
+        "float", "int8 rounds what INT8 weights are multiplied by, too: faster, less exact"
+    )
     max_model_len: Literal["auto"] | int = _option(
         "auto", "context in tokens; auto is the model's own, or the largest that fits", 1, 1 << 27
     )
@@ -99,7 +102,13 @@ class EngineConfig:
     block_size: int = _option(16, "tokens of a KV block", 1, 1024)
     tensor_parallel_size: int = _option(1, "ranks that share each layer", 1, 1024)
     pipeline_parallel_size: int = _option(1, "ranks that share the stack of layers", 1, 1024)
-    threads: int | None = _option(None, "CPU threads; default: as torch finds them", 1, 4096)
+    threads: int | None = _option(
+        None, "CPU threads; default: the cores this process may use", 1, 1024
+    )
+    cpu_isa: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "reference"] = _option(
+        "auto", "kernels to use; reference is plain PyTorch, slow and always right"
+    )
+    enforce_eager: bool = _option(False, "run a step op by op, never as a recorded tape")
     seed: int = _option(0, "of dummy weights and of requests that bring no seed", 0, (1 << 64) - 1)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from roofline import execution
 from roofline.budget import RankBudget
 from roofline.config import EngineConfig, ModelConfig
 from roofline.doors.generation import Generation
-from roofline.doors.progress import loading_bar
+from roofline.doors.progress import loading_bar, tell
 from roofline.engine import Engine
 from roofline.errors import RequestError, UsageError, shown
 from roofline.grammars.compiler import GrammarCompiler
@@ -62,6 +62,8 @@ class Door:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
         finally:
             opened.checkpoint.close()
+        if (reason := workers.backend.reason) is not None:
+            tell(f"PyTorch's ops run in place of the native kernels, slowly: {reason}")
         self.config, self.model_config = config, shape
         self.budget: RankBudget = workers.budget
         self.storage_bytes: Callable[[], dict[str, int]] = workers.storage_bytes

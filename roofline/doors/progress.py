@@ -16,11 +16,18 @@ def loading_bar(
 ) -> Iterator[Callable[[str], None]]:
     """A line if there is one, and a bar advanced by each tensor's name; nothing off a terminal."""
     console = Console(stderr=True)
-    if note is not None and console.is_terminal:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    if note is not None:
+        tell(note)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(verb, total=num_tensors)
         yield lambda name: bar.update(task, advance=1, description=f"{verb} {name}")
+
+
+def tell(line: str) -> None:
+    """A line for whoever watches; nothing off a terminal."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from roofline.doors.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from roofline.doors.progress import loading_bar, prompts_bar
+from roofline.doors.progress import loading_bar, prompts_bar, tell
 
 OUTPUT = RequestOutput(
     "0",
@@ -32,6 +32,7 @@ def test_a_bar_that_was_asked_for_ends_with_what_was_done(
 def test_nothing_is_shown_unasked_or_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with prompts_bar(1, show=False) as advance:
         advance(OUTPUT)
-    with loading_bar("Loading", 1) as advance_loading:
+    with loading_bar("Loading", 1, "a note") as advance_loading:
         advance_loading("a.weight")
+    tell("a line")
     assert capsys.readouterr() == ("", "")

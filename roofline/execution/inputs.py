@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from roofline.execution.arena import Arena
 from roofline.ops import StepInputs
@@ -28,11 +27,12 @@ class InputTables:
     def __init__(self, arena: Arena, block_size: int) -> None:
         names = "token_ids", "positions", "slots", "query_start", "context_len", "block_table"
         self._views = {name: arena[name].numpy() for name in (*names, "last_token")}
-        self._arena, self._block_size = arena, block_size
+        self._block_size = block_size
+        self.choices = Choices(arena)
         self._held = [0] * arena["block_table"].shape[0]  # blocks in each row's table
 
-    def fill(self, plan: StepPlan) -> tuple[StepInputs, list[Entry]]:
-        """Apply the plan's changes; the step's tokens are laid out in the order of rows."""
+    def fill(self, plan: StepPlan) -> tuple[int, list[Entry]]:
+        """Apply the plan's changes; return the step's tokens, laid out in the order of rows."""
         for start in plan.starts:
             self._held[start.row] = 0
         entries = self._entries(plan)
@@ -43,8 +43,7 @@ class InputTables:
             context_len[entry.row] = entry.position + entry.count
             query_start[entry.row + 1] = entry.count
         np.cumsum(query_start, out=query_start)
-        total = int(query_start[-1])
-        return self._step_inputs(total), entries
+        return int(query_start[-1]), entries
 
     def _entries(self, plan: StepPlan) -> list[Entry]:
         """Write tokens, positions, blocks and slots entry by entry."""
@@ -54,14 +53,11 @@ class InputTables:
         for index in sorted(range(len(plan.rows)), key=plan.rows.__getitem__):
             row, count, position = plan.rows[index], plan.counts[index], plan.positions[index]
             self._extend_table(row, plan.block_ids[blocks_at[index] : blocks_at[index + 1]])
-            ids = np.array(plan.token_ids[tokens_at[index] : tokens_at[index + 1]], dtype=np.int64)
-            ids[ids == ON_DEVICE] = self._views["last_token"][row]
-            places = np.arange(position, position + count)
-            part = slice(total, total + count)
-            self._views["token_ids"][part] = ids
-            self._views["positions"][part] = places
-            blocks = self._views["block_table"][row, places // self._block_size].astype(np.int64)
-            self._views["slots"][part] = blocks * self._block_size + places % self._block_size
+            ids = plan.token_ids[tokens_at[index] : tokens_at[index + 1]]
+            if count == 1:
+                self._write_token(total, row, ids[0], position)
+            else:
+                self._write_tokens(total, row, ids, position)
             entries.append(Entry(index, row, total, count, position, plan.samples[index]))
             total += count
         return entries
@@ -71,20 +67,52 @@ class InputTables:
         self._views["block_table"][row, held : held + len(blocks)] = blocks
         self._held[row] = held + len(blocks)
 
-    def _step_inputs(self, tokens: int) -> StepInputs:
-        arena = self._arena
+    def _write_tokens(self, first: int, row: int, ids: list[int], position: int) -> None:
+        """A chunk of a prompt, whose ids are known."""
+        views, size, part = self._views, self._block_size, slice(first, first + len(ids))
+        places = np.arange(position, position + len(ids))
+        blocks = views["block_table"][row, places // size].astype(np.int64)
+        views["token_ids"][part], views["positions"][part] = ids, places
+        views["slots"][part] = blocks * size + places % size
 
-        def head(name: str) -> Tensor:
-            return arena[name][:tokens]
+    def _write_token(self, at: int, row: int, token: int, position: int) -> None:
+        """One token, perhaps the row's last sampled; by itself, for every decoding step has it."""
+        views, size = self._views, self._block_size
+        views["token_ids"][at] = views["last_token"][row] if token == ON_DEVICE else token
+        views["positions"][at] = position
+        block = int(views["block_table"][row, position // size])
+        views["slots"][at] = block * size + position % size
 
-        return StepInputs(
-            token_ids=head("token_ids"),
-            positions=head("positions"),
-            slots=head("slots"),
-            query_start=arena["query_start"],
-            context_len=arena["context_len"],
-            block_table=arena["block_table"],
-        )
+
+def step_inputs(arena: Arena, tokens: int) -> StepInputs:
+    """The inputs of a step of so many tokens."""
+    return StepInputs(
+        token_ids=arena["token_ids"][:tokens],
+        positions=arena["positions"][:tokens],
+        slots=arena["slots"][:tokens],
+        query_start=arena["query_start"],
+        context_len=arena["context_len"],
+        block_table=arena["block_table"],
+    )
+
+
+class Choices:
+    """What `Ops.choose` is told of each sampled token, and what it answers."""
+
+    def __init__(self, arena: Arena) -> None:
+        names = "temperature", "seed", "choice_position", "chosen"
+        views = (arena[name].numpy() for name in names)
+        self._temperature, self._seed, self._position, self._chosen = views
+        self.last_token = arena["last_token"].numpy()
+
+    def set(self, place: int, temperature: float, seed: int, position: int) -> None:
+        """Say how the token of one row of logits is chosen."""
+        self._temperature[place], self._position[place] = temperature, position
+        self._seed[place] = seed - (1 << 64) if seed >= 1 << 63 else seed
+
+    def chosen(self, count: int) -> list[int]:
+        """The first `count` tokens."""
+        return self._chosen[:count].tolist()
 
 
 def _offsets(counts: list[int]) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from roofline.budget import Rank, StepShape, plan_step_buffers
 from roofline.config import PRESETS
 from roofline.execution import arena
-from roofline.execution.inputs import InputTables
+from roofline.execution.inputs import InputTables, step_inputs
 from roofline.scheduling.plan import ON_DEVICE, RowStart, StepPlan
 
 ROWS, BLOCK, LONGEST, STEP_TOKENS = 5, 4, 40, 64
@@ -63,7 +63,8 @@ class Model:
         plan.add(row, position, ids, self.random.randint(0, 1), cached + new)
 
     def check(self, plan: StepPlan) -> None:
-        inputs, entries = self.tables.fill(plan)
+        tokens, entries = self.tables.fill(plan)
+        inputs = step_inputs(self.arena, tokens)
         assert sorted(entry.index for entry in entries) == list(range(len(plan.rows)))
         assert [entry.row for entry in entries] == sorted(plan.rows)
         total = 0
@@ -96,7 +97,8 @@ def test_random_plans_fill_the_tables_as_brute_force_does() -> None:
 
 def test_every_input_is_a_view_of_the_arena() -> None:
     model = Model(0)
-    inputs, _ = model.tables.fill(model.plan(0))
+    tokens, _ = model.tables.fill(model.plan(0))
+    inputs = step_inputs(model.arena, tokens)
     storages = {t.untyped_storage().data_ptr() for t in model.arena.values()}
     for tensor in vars(inputs).values():
         assert isinstance(tensor, torch.Tensor)
@@ -108,6 +110,6 @@ def test_a_row_that_starts_again_forgets_its_blocks() -> None:
     for first_block in (7, 3):
         plan = StepPlan(0, [RowStart(row=2, num_prompt=1, seed=0)])
         plan.add(2, 0, [1, 2, 3], 0, [first_block])
-        inputs, _ = model.tables.fill(plan)
-        assert inputs.block_table[2, 0] == first_block
-        assert inputs.slots.tolist() == [first_block * BLOCK + i for i in range(3)]
+        model.tables.fill(plan)
+        assert model.arena["block_table"][2, 0] == first_block
+        assert model.arena["slots"][:3].tolist() == [first_block * BLOCK + i for i in range(3)]

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from roofline.errors import RooflineError
 from roofline.execution.arena import Arena
+from roofline.execution.graphs import EagerProgram, capture
 from roofline.execution.inputs import Entry, InputTables
 from roofline.execution.sampling import RowSampler, logprobs_of
-from roofline.models.decoder import Buffers, Decoder, rope_table
+from roofline.models.decoder import Decoder, rope_table
 from roofline.ops import Ops
 from roofline.request import TokenLogprobs
 from roofline.scheduling.plan import NONE, StepPlan, StepResult
@@ -16,36 +17,34 @@ from roofline.scheduling.plan import NONE, StepPlan, StepResult
 class ModelRunner:
     """Runs plans on one rank's decoder, KV pool and arena."""
 
-    def __init__(self, decoder: Decoder, ops: Ops, kv_pool: Tensor, arena: Arena) -> None:
-        self._decoder, self._ops, self._kv_pool, self._arena = decoder, ops, kv_pool, arena
+    def __init__(
+        self, decoder: Decoder, ops: Ops, kv_pool: Tensor, arena: Arena, *, eager: bool = False
+    ) -> None:
+        self._ops, self._arena = ops, arena
         self._tables = InputTables(arena, kv_pool.shape[4])
         self._samplers: list[RowSampler | None] = [None] * arena["last_token"].shape[0]
         rope_table(decoder.config, arena["rope"].shape[1], out=arena["rope"])
+        program = EagerProgram(decoder, ops, kv_pool, arena)
+        self._program = program if eager else capture(program)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's tokens and sample where it says so."""
         for start in plan.starts:
             self._samplers[start.row] = RowSampler(start)
-        inputs, entries = self._tables.fill(plan)
-        buffers = self._buffers(len(inputs.token_ids))
-        self._decoder.forward(self._ops, inputs, self._kv_pool, buffers)
-        tokens, logprobs = self._sample(plan, entries, buffers)
+        tokens, entries = self._tables.fill(plan)
+        self._program.forward(tokens)
+        chosen, logprobs = self._sample(plan, entries)
         asked = [entry for entry in entries if self._prompt_logprobs(entry.row) != NONE]
         return StepResult(
             counts=plan.samples,
-            token_ids=[tokens[i] for i, count in enumerate(plan.samples) if count],
+            token_ids=[chosen[i] for i, count in enumerate(plan.samples) if count],
             logprobs=logprobs,
-            prompt_logprobs={entry.index: self._score_prompt(entry, buffers) for entry in asked},
+            prompt_logprobs={entry.index: self._score_prompt(entry) for entry in asked},
         )
 
-    def _buffers(self, tokens: int) -> Buffers:
-        arena = self._arena
-        names = "residual", "delta", "query", "attended", "activated"
-        return Buffers(*(arena[name][:tokens] for name in names), rope=arena["rope"])
-
     def _sample(
-        self, plan: StepPlan, entries: list[Entry], buffers: Buffers
+        self, plan: StepPlan, entries: list[Entry]
     ) -> tuple[dict[int, int], dict[int, list[TokenLogprobs]]]:
         """One token for every entry that asks, kept for the row's next step; and its logprobs."""
         tokens: dict[int, int] = {}
@@ -53,24 +52,31 @@ class ModelRunner:
         asking = [entry for entry in entries if entry.samples]
         if not asking:
             return tokens, logprobs
-        logits = self._logits([e.first_token + e.count - 1 for e in asking], buffers)
-        for entry, row_logits in zip(asking, logits, strict=True):
-            sampler = self._sampler(entry.row)
-            count = sampler.params.logprobs
-            raw = row_logits.clone() if count != NONE else row_logits
-            slot = plan.masks[entry.index]
+        logits = self._logits([e.first_token + e.count - 1 for e in asking])
+        choices, raw = self._tables.choices, dict[int, Tensor]()
+        for place, (entry, row_logits) in enumerate(zip(asking, logits, strict=True)):
+            sampler, slot = self._sampler(entry.row), plan.masks[entry.index]
+            if sampler.params.logprobs != NONE:
+                raw[entry.index] = row_logits.clone()
             mask = None if slot == NONE else plan.mask_bits[slot]
-            token = sampler.sample(row_logits, entry.position + entry.count, mask)
+            position = entry.position + entry.count
+            temperature = sampler.prepare(row_logits, position, mask)
+            choices.set(place, temperature, sampler.params.seed, position)
+        self._program.choose(len(asking))
+        for entry, token in zip(asking, choices.chosen(len(asking)), strict=True):
+            sampler = self._sampler(entry.row)
+            sampler.take(token)
             tokens[entry.index] = token
-            self._arena["last_token"][entry.row] = token
-            if count != NONE:
-                logprobs[entry.index] = [logprobs_of(raw, token, count)]
+            choices.last_token[entry.row] = token
+            if entry.index in raw:
+                count = sampler.params.logprobs
+                logprobs[entry.index] = [logprobs_of(raw[entry.index], token, count)]
         return tokens, logprobs
 
     def _prompt_logprobs(self, row: int) -> int:
         return self._sampler(row).params.prompt_logprobs
 
-    def _score_prompt(self, entry: Entry, buffers: Buffers) -> list[TokenLogprobs]:
+    def _score_prompt(self, entry: Entry) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens after this entry's, the head run in slices."""
         sampler = self._sampler(entry.row)
         last = min(entry.position + entry.count, sampler.params.num_prompt - 1)
@@ -79,24 +85,22 @@ class ModelRunner:
         for first in range(entry.position, last, step):
             positions = range(first, min(first + step, last))
             tokens = [entry.first_token + p - entry.position for p in positions]
-            for position, logits in zip(positions, self._logits(tokens, buffers), strict=True):
+            for position, logits in zip(positions, self._logits(tokens), strict=True):
                 target = sampler.history[position + 1]
                 scored.append(logprobs_of(logits, target, sampler.params.prompt_logprobs))
         return scored
 
-    def _logits(self, tokens: list[int], buffers: Buffers) -> Tensor:
+    def _logits(self, tokens: list[int]) -> Tensor:
         """Logits [S, V] at some tokens of the step, in the arena."""
-        arena, count = self._arena, len(tokens)
-        sampled = arena["sampled"][:count]
-        sampled.copy_(torch.tensor(tokens, dtype=torch.int64))
-        out = arena["logits"][:count]
-        shard = arena["logits_shard"][:count] if "logits_shard" in arena else out
-        self._decoder.logits(self._ops, sampled, buffers, shard, out)
-        if not (out < torch.inf).all():  # NaN compares false
+        count = len(tokens)
+        self._arena["sampled"].numpy()[:count] = tokens
+        self._program.head(count)
+        logits = self._arena["logits"][:count]
+        if not self._ops.all_finite(logits):
             raise RooflineError(
                 "the model's logits are NaN or infinite: its weights or its config are wrong"
             )
-        return out
+        return logits
 
     def _sampler(self, row: int) -> RowSampler:
         sampler = self._samplers[row]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from roofline.execution.sampling import RowSampler, gumbel, logprobs_of, lowest_argmax, philox
+from roofline.execution.sampling import RowSampler, logprobs_of
+from roofline.ops.noise import choose, gumbel, lowest_argmax, philox
 from roofline.scheduling.plan import RowStart
 
 ALL_ONES = 2**32 - 1
@@ -23,8 +25,16 @@ def sampler(**params: Any) -> RowSampler:
     return RowSampler(RowStart(**defaults | params))
 
 
+def sample(row: RowSampler, logits: Tensor, position: int, mask: bytes | None = None) -> int:
+    """What a runner does with one row."""
+    temperature = row.prepare(logits, position, mask)
+    token = choose(logits, temperature, row.params.seed, position)
+    row.take(token)
+    return token
+
+
 def greedy(logits: list[float], position: int = 1, **params: Any) -> int:
-    return sampler(temperature=0.0, **params).sample(torch.tensor(logits), position)
+    return sample(sampler(temperature=0.0, **params), torch.tensor(logits), position)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +79,7 @@ def test_tokens_are_drawn_by_the_softmax_of_their_logits(temperature: float) -> 
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, -torch.inf, 1.5, 0.3])
     draws = 4000
     row = sampler(temperature=temperature)
-    counts = Counter(row.sample(logits.clone(), position) for position in range(draws))
+    counts = Counter(sample(row, logits.clone(), position) for position in range(draws))
     expected = draws * torch.softmax(logits / temperature, dim=0)
     assert counts[4] == 0
     possible = [token for token in range(7) if expected[token] > 5]
@@ -81,7 +91,7 @@ def test_tokens_are_drawn_by_the_softmax_of_their_logits(temperature: float) -> 
 def test_another_seed_draws_other_tokens_and_the_same_seed_the_same() -> None:
     def tokens(seed: int) -> list[int]:
         row = sampler(seed=seed)
-        return [row.sample(torch.zeros(1000), position) for position in range(50)]
+        return [sample(row, torch.zeros(1000), position) for position in range(50)]
 
     assert tokens(1) == tokens(1)
     assert len(set(tokens(1)) & set(tokens(2))) < 10
@@ -96,7 +106,7 @@ def test_greedy_ties_go_to_the_lowest_id() -> None:
 def test_a_vanishing_temperature_is_greedy() -> None:
     logits = torch.randn(500)
     row = sampler(temperature=1e-6)
-    assert {row.sample(logits.clone(), p) for p in range(20)} == {int(logits.argmax())}
+    assert {sample(row, logits.clone(), p) for p in range(20)} == {int(logits.argmax())}
 
 
 # Logits tie or are far apart, also after penalties: float32 and the oracle see the same order.
@@ -191,7 +201,7 @@ def test_any_parameters_choose_as_documented(
         allowed = allowed & masked or masked  # a mask never leaves nothing of what is allowed
         start = dataclasses.replace(start, allowed_token_ids=tuple(sorted(allowed)))
         mask = bits.to_bytes(8, "little")
-    token = RowSampler(start).sample(torch.tensor(logits), position, mask)
+    token = sample(RowSampler(start), torch.tensor(logits), position, mask)
     assert token in allowed
     scores = vllm_scores(logits, start, allowed)
     if max(scores) == -math.inf:
@@ -208,18 +218,18 @@ def test_a_bad_word_is_completed_neither_from_the_prompt_nor_from_the_output() -
         temperature=0.0, history=(5, 1), num_prompt=2, bad_words=((1, 2), (3, 4, 2), (6,))
     )
     best_is_2 = torch.tensor([0.0, 1.0, 9.0, 8.0, 7.0, 0.0, 10.0])
-    assert row.sample(best_is_2.clone(), 2) == 3  # 1 2 would be bad
-    assert row.sample(best_is_2.clone(), 3) == 2
+    assert sample(row, best_is_2.clone(), 2) == 3  # 1 2 would be bad
+    assert sample(row, best_is_2.clone(), 3) == 2
     row = sampler(temperature=0.0, history=(3,), bad_words=((3, 4, 2),))
-    assert row.sample(torch.tensor([0.0, 1.0, 9.0, 8.0, 10.0]), 1) == 4
-    assert row.sample(best_is_2[:5].clone(), 2) == 3
+    assert sample(row, torch.tensor([0.0, 1.0, 9.0, 8.0, 10.0]), 1) == 4
+    assert sample(row, best_is_2[:5].clone(), 2) == 3
     assert row.history == [3, 4, 3]
 
 
 def test_a_row_without_history_keeps_none() -> None:
     row = sampler(temperature=0.0, stop_ids=(1,), min_tokens=1, bad_words=((0,),))
-    assert row.sample(torch.tensor([9.0, 8.0, 7.0]), 1) == 2
-    assert row.sample(torch.tensor([9.0, 8.0, 7.0]), 2) == 1
+    assert sample(row, torch.tensor([9.0, 8.0, 7.0]), 1) == 2
+    assert sample(row, torch.tensor([9.0, 8.0, 7.0]), 2) == 1
     assert row.history == []
 
 
@@ -234,7 +244,7 @@ def test_masks_that_leave_nothing_yield_to_the_allowed_tokens(temperature: float
     logits = torch.tensor([9.0, 1.0, 2.0, -torch.inf, -torch.inf])
 
     def choose(**params: Any) -> int:
-        return sampler(temperature=temperature, **params).sample(logits.clone(), 1)
+        return sample(sampler(temperature=temperature, **params), logits.clone(), 1)
 
     assert choose(allowed_token_ids=(2,), stop_ids=(2,), min_tokens=5) == 2
     assert choose(allowed_token_ids=(1,), bad_words=((1,),)) == 1
@@ -251,18 +261,18 @@ def test_a_mask_yields_neither_to_min_tokens_nor_to_bad_words_nor_to_bias() -> N
         sampler(logit_bias=bias, bad_words=((2,),)),
         sampler(logit_bias=bias),
     ):
-        assert row.sample(torch.tensor(logits), 1, only_2) == 2
+        assert sample(row, torch.tensor(logits), 1, only_2) == 2
     two_or_3 = bytes([0b1100]) + bytes(7)
     row = sampler(stop_ids=(2,), min_tokens=5)
-    assert row.sample(torch.tensor(logits), 1, two_or_3) == 3
-    assert sampler(top_k=1).sample(torch.tensor(logits), 1, two_or_3) == 2
+    assert sample(row, torch.tensor(logits), 1, two_or_3) == 3
+    assert sample(sampler(top_k=1), torch.tensor(logits), 1, two_or_3) == 2
 
 
 def test_a_mask_over_words_reaches_the_last_token_of_the_vocabulary() -> None:
     for size in (63, 64, 65, 130):
         for token in (0, size // 2, size - 1):
             mask = (1 << token).to_bytes(-(-size // 64) * 8, "little")
-            assert sampler().sample(torch.zeros(size), 1, mask) == token
+            assert sample(sampler(), torch.zeros(size), 1, mask) == token
 
 
 def test_penalties_count_the_output_but_repetition_the_prompt_too() -> None:
@@ -293,6 +303,6 @@ def test_sampling_one_token_of_a_real_vocabulary_takes_milliseconds() -> None:
     for position in range(10):
         mine = logits.clone()
         start = time.thread_time()
-        row.sample(mine, position)
+        sample(row, mine, position)
         seconds.append(time.thread_time() - start)
     assert min(seconds) < 0.010

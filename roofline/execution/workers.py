@@ -15,7 +15,7 @@ from roofline.execution.runner import ModelRunner
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.decoder import Decoder
 from roofline.models.layers import Source
-from roofline.ops.reference import ReferenceOps
+from roofline.ops import backends
 from roofline.parallel.mesh import Mesh
 from roofline.scheduling.plan import StepPlan, StepResult
 
@@ -38,18 +38,19 @@ class InProcessWorkers:
     def __init__(
         self, config: EngineConfig, checkpoint: Checkpoint, progress: Callable[[str], None]
     ) -> None:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         model, mesh = checkpoint.config, Mesh.single()
         native, available = checkpoint.native_groups, available_host_bytes()
         self.budget = budget = plan_rank(model, config, mesh.rank, native, available)
-        decoder = Decoder(model, budget.model, mesh, Source(checkpoint, progress))
+        self.backend = backend = backends.choose(config, model, budget.model)
+        if config.threads is not None and backend.pool is None:
+            torch.set_num_threads(config.threads)
+        decoder = Decoder(model, budget.model, mesh, Source(checkpoint, progress, backend.pack))
         kv_pool = kv_cache.allocate(
             model, config.dtype, mesh.rank, budget.num_blocks, config.block_size
         )
         buffers = arena.allocate(plan_step_buffers(model, config.dtype, mesh.rank, budget.step))
-        ops = ReferenceOps(getattr(torch, config.dtype), buffers["scratch"])
-        runner = ModelRunner(decoder, ops, kv_pool, buffers)
+        ops = backend.ops(getattr(torch, config.dtype), buffers)
+        runner = ModelRunner(decoder, ops, kv_pool, buffers, eager=config.enforce_eager)
         self._loaded: _Loaded | None = _Loaded(decoder, kv_pool, buffers, runner)
         self._results: deque[StepResult] = deque()
 
@@ -81,6 +82,7 @@ class InProcessWorkers:
     def close(self) -> None:
         """Drop weights, pool and buffers; closing again does nothing."""
         self._loaded = None
+        self.backend.close()
 
     def _rank(self) -> _Loaded:
         if self._loaded is None:

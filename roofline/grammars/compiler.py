@@ -42,9 +42,11 @@ class GrammarCompiler:
         """
         if params.structured_outputs is None:
             return [None] * params.n
-        with self._lock:
+        try:
             grammar = self._grammar(params.structured_outputs)
-        return [grammar.matcher(params) for _ in range(params.n)]
+            return [grammar.matcher(params) for _ in range(params.n)]
+        except RequestError as error:
+            raise RequestError(error.message, param="structured_outputs") from error
 
     def close(self) -> None:
         """End the child process."""
@@ -52,25 +54,35 @@ class GrammarCompiler:
 
     def _grammar(self, asked: StructuredOutputsParams) -> "grammars.matching.Grammar":
         """A compiled grammar, of those kept the latest to be asked for."""
-        grammar = self._cache.get(asked)
-        if grammar is None:
-            grammar = grammars.matching.Grammar(self._tried(asked), self._known_tokens())
-            self._cached_bytes += grammar.source_bytes
-            self._cache[asked] = grammar
-        self._cache.move_to_end(asked)
+        with self._lock:
+            grammar = self._cache.get(asked)
+            if grammar is not None:
+                self._cache.move_to_end(asked)
+                return grammar
+        # Not under the lock: nobody whose grammar is known waits for one that takes long.
+        grammar = grammars.matching.Grammar(self._tried(asked), self._known_tokens())
+        with self._lock:
+            self._keep(asked, grammar)
+        return grammar
+
+    def _keep(self, asked: StructuredOutputsParams, grammar: "grammars.matching.Grammar") -> None:
+        if asked in self._cache:  # another thread was faster
+            return
+        self._cache[asked] = grammar
+        self._cached_bytes += grammar.source_bytes
         while len(self._cache) > _CACHED_GRAMMARS or self._cached_bytes > _CACHED_SOURCE_BYTES:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= oldest.source_bytes
-        return grammar
 
     def _known_tokens(self) -> "grammars.matching.Vocabulary":
         if self._tokenizer is None:
             raise RequestError("structured_outputs need a tokenizer, and this model has none")
-        if self._vocabulary is None:
-            self._vocabulary = grammars.matching.Vocabulary(
-                self._tokenizer, self._eos_ids, self._vocab_size
-            )
-        return self._vocabulary
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = grammars.matching.Vocabulary(
+                    self._tokenizer, self._eos_ids, self._vocab_size
+                )
+            return self._vocabulary
 
     def _tried(self, asked: StructuredOutputsParams) -> str:
         """The grammar in Lark, from the child process that has survived compiling it."""

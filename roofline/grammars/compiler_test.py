@@ -1,8 +1,10 @@
 """Grammars nobody can be trusted with: each costs its own request a line, and no other anything."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,30 @@ def test_a_grammar_is_compiled_once_however_it_is_written(
     assert ask(compiler, json='{ "type": "null" }', n=3)
     with pytest.raises(AttributeError):
         ask(compiler, json={"type": "boolean"})
+
+
+def test_a_known_grammar_does_not_wait_for_one_that_takes_long(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = GrammarCompiler(tokenizer, tokenizer.eos_token_ids, tokenizer.vocab_size)
+    trying, may_end = threading.Event(), threading.Event()
+
+    def tried(asked: StructuredOutputsParams) -> str:
+        if asked.regex == "slow":
+            trying.set()
+            assert may_end.wait(60)
+        return literal(asked.regex or "")
+
+    monkeypatch.setattr(compiler, "_tried", tried)
+    (known,) = ask(compiler, regex="known")
+    with ThreadPoolExecutor(3) as pool:
+        slow = [pool.submit(ask, compiler, regex="slow") for _ in range(2)]
+        assert trying.wait(60)
+        (again,) = pool.submit(ask, compiler, regex="known").result(timeout=60)
+        may_end.set()
+        (first,), (second,) = (each.result(timeout=60) for each in slow)
+    assert again.mask() == known.mask()
+    assert first.mask() == second.mask() != known.mask()
 
 
 def test_ten_thousand_grammars_leave_no_more_than_the_cache_holds(

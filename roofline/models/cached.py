@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     CachedFileInfo,
@@ -21,6 +22,7 @@ from roofline.errors import RooflineError, UsageError
 from roofline.models.builtin import BUILTIN_MODELS, BuiltinModel, builtin_path
 from roofline.models.checkpoints.hf_config import read_config
 from roofline.models.hub import parse
+from roofline.models.huggingface import cache_folder
 from roofline.models.repository import RepoReference, gguf_models, model_files, safetensors_weights
 
 
@@ -35,6 +37,17 @@ class CachedModel:
     modified: float  # seconds since 1970
     path: Path
 
+    def report(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return {
+            "reference": self.reference,
+            "revision": self.revision,
+            "format": self.format,
+            "bytes": self.size_bytes,
+            "modified": self.modified,
+            "path": str(self.path),
+        }
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -46,7 +59,7 @@ class Removal:
 
 def cached_models() -> list[CachedModel]:
     """Everything runnable in both caches, by name."""
-    builtin = (found for model in BUILTIN_MODELS.values() if (found := _builtin(model)))
+    builtin = [found for model in BUILTIN_MODELS.values() if (found := _builtin(model))]
     repos = (repo for repo in _scan().repos if repo.repo_type == "model")
     found = (model for repo in repos for each in repo.revisions for model in _models(repo, each))
     return sorted([*builtin, *found], key=lambda model: (model.reference, model.revision or ""))
@@ -72,7 +85,7 @@ def plan_removal(reference: str, revision: str | None = None) -> Removal:
 
 def _scan() -> HFCacheInfo:
     try:
-        return scan_cache_dir()
+        return scan_cache_dir(cache_folder())
     except CacheNotFound:
         return HFCacheInfo(
             size_on_disk=0, repos=frozenset(), incomplete_files=frozenset(), warnings=[]

@@ -14,7 +14,7 @@ from roofline.budget import MatrixPlan, ModelPlan
 from roofline.config import ModelConfig
 from roofline.models.checkpoints.tensors import NORM
 from roofline.models.layers import VECTORS, LayerWeights, Source, load_layer, load_table
-from roofline.ops import Int8Weight, Ops, StepInputs, Weight
+from roofline.ops import FloatWeight, Ops, StepInputs, Weight
 from roofline.parallel.mesh import Mesh
 
 
@@ -137,6 +137,8 @@ def rope_table(config: ModelConfig, length: int, out: Tensor) -> None:
 
 
 def _matrix_tensors(name: str, weight: Weight | None) -> dict[str, Tensor]:
-    if isinstance(weight, Int8Weight):
-        return {f"{name}.values": weight.values, f"{name}.scales": weight.scales}
-    return {} if weight is None else {f"{name}.values": weight.values}
+    if weight is None:
+        return {}
+    scales = None if isinstance(weight, FloatWeight) else weight.scales
+    found = {f"{name}.values": weight.values}
+    return found if scales is None else found | {f"{name}.scales": scales}

@@ -35,7 +35,7 @@ def pull(reference: str, *, revision: str | None = None) -> Path:
         raise UsageError(f"{reference} is a path: there is nothing to fetch")
     if isinstance(meant, BuiltinModel):
         return builtin.locate(meant)
-    return models.huggingface.download(meant, revision)
+    return models.huggingface.refresh(meant, revision)
 
 
 def parse(reference: str, revision: str | None = None) -> Path | BuiltinModel | RepoReference:

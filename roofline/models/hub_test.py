@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from roofline.errors import CheckpointError, UsageError
+from roofline.errors import CheckpointError, DownloadError, UsageError
 from roofline.models import hub
+from roofline.models.repository import RepoReference
+from tests.hub_server import Hub
 
 
 def test_existing_path_is_returned_as_it_is(tmp_path: Path) -> None:
@@ -66,3 +68,39 @@ def test_preset_is_told_from_a_model_with_weights() -> None:
         hub.resolve("llama-3.2-1b")
     with pytest.raises(UsageError, match=r"did you mean 'llama-3\.1-8b'"):
         hub.resolve("llama-3.1-8")
+
+
+def test_a_path_of_two_parts_wins_over_a_repository(
+    hub_server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_server.add("org/model", {"m.gguf": b"GGUF"})
+    assert hub.parse("org/model") == RepoReference("org/model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    (tmp_path / "org" / "model" / "config.json").touch()
+    assert hub.resolve("org/model") == Path("org/model")
+    assert hub_server.requests == []
+
+
+def test_a_revision_is_for_repositories(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for reference in (str(tmp_path), "smollm2-135m", "llama-3.1-8b", "nothing"):
+        with pytest.raises(UsageError, match=r"revision 'v1' does nothing: .* is no Hugging Face"):
+            hub.resolve(reference, revision="v1")
+    with pytest.raises(UsageError, match="it must be a branch, a tag or a commit hash"):
+        hub.resolve("org/model", revision="../../etc")
+
+
+def test_a_builtin_model_that_is_not_here_is_fetched_only_when_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROOFLINE_CACHE", str(tmp_path))
+    with pytest.raises(DownloadError, match="absent; `roofline pull smollm2-135m` fetches it"):
+        hub.resolve("smollm2-135m", fetch="nothing")
+
+
+@pytest.mark.parametrize("reference", ["a/../b", "org/repo:", "../../etc/passwd", "a/b/c", "a//b"])
+def test_a_name_that_leads_elsewhere_asks_no_hub(hub_server: Hub, reference: str) -> None:
+    with pytest.raises(UsageError, match="is not an existing path nor a built-in name"):
+        hub.resolve(reference)
+    assert hub_server.requests == []

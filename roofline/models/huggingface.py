@@ -1,21 +1,22 @@
 """Models of Hugging Face repositories: found in the local cache, or fetched into it.
 
 Cache layout, download, retries and HF_* variables are huggingface_hub's; what to fetch, and what is
-said when that fails, is ours. No file is opened to see what it holds. No torch.
+said when that fails, is ours. Of a file's contents only config.json matters here: what would not
+run is refused before its weights are fetched. No torch.
 """
 
 import contextlib
 import errno
-import glob
+import re
 import shutil
 import sys
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -25,33 +26,39 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import tqdm
 
 from roofline.errors import CapacityError, DownloadError, RooflineError
+from roofline.models.checkpoints.hf_config import read_config
+from roofline.models.fetch_bar import fetch_bar
 from roofline.models.repository import Fetch, ModelFiles, RepoReference, model_files
 
 
 def locate(reference: RepoReference, revision: str | None, fetch: Fetch) -> Path:
     """Return a model's folder or its (first) GGUF file.
 
-    What is whole in the cache needs no network; when the hub was last asked decides what a branch
-    means, and `download` asks anew.
+    What the cache holds whole is taken without asking the hub; `download` asks.
     """
-    snapshot = cached_snapshot(reference.repo, revision)
-    weights = fetch == "model"
-    if snapshot is not None:
-        found = _in_snapshot(snapshot, _listing(reference.repo, snapshot), reference, weights)
-        if found is not None:
-            return found
+    found = _in_cache(reference, revision, weights=fetch == "model")
+    if found is not None:
+        return found
+    if fetch == "nothing":
+        raise DownloadError(
+            f"{_tried(reference, revision)}; `roofline pull {reference}` fetches it"
+        )
+    return download(reference, revision, weights=fetch == "model")
+
+
+def refresh(reference: RepoReference, revision: str | None = None) -> Path:
+    """Return a model as the hub has it now; as the cache has it where the hub cannot be asked."""
     try:
-        if fetch == "nothing":
-            raise DownloadError(_not_here(reference, revision))
-        return download(reference, revision, weights=weights)
-    except DownloadError:  # what else there is may do: another quantisation, say
-        if snapshot is not None:
-            found = _in_snapshot(snapshot, files_below(snapshot), reference, weights)
-            if found is not None:
-                return found
-        raise
+        return download(reference, revision)
+    except _UnreachableError as error:
+        found = _in_cache(reference, revision, weights=True)
+        if found is None:
+            raise
+        print(f"{reference} is as it was: {error.reason}", file=sys.stderr, flush=True)
+        return found
 
 
 def download(
@@ -62,30 +69,19 @@ def download(
     Without `weights`, of a safetensors model only what describes it.
     """
     with _explained(reference, revision):
-        missing = _missing_bytes(reference.repo, revision)
+        commit, missing = _hub_files(reference.repo, revision)
         chosen = model_files(missing, reference)
         names = chosen.needed(weights=weights)
         _say_choice(reference, chosen)
-        _announce(reference, sum(missing[name] for name in names))
-        snapshot = snapshot_download(
-            reference.repo, revision=revision, allow_patterns=[glob.escape(name) for name in names]
-        )
-        return Path(snapshot, chosen.main)
-
-
-def cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    """The folder of what the cache has of a revision, whole or not; None if it has nothing."""
-    try:
-        return Path(
-            snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
-        )
-    except LocalEntryNotFoundError:
-        return None
-
-
-def files_below(snapshot: Path) -> list[str]:
-    """The files of a snapshot, by their paths in the repository."""
-    return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+        snapshot = _storage(reference.repo) / "snapshots" / commit
+        with _bar(reference, sum(missing[name] for name in names)) as bar:
+            for name in names:
+                hf_hub_download(reference.repo, name, revision=commit, tqdm_class=bar)
+                if name == "config.json":  # the last before the weights
+                    read_config(snapshot)
+            # Now that all is here, the cache may learn what the branch means.
+            hf_hub_download(reference.repo, names[-1], revision=revision, tqdm_class=bar)
+    return snapshot / chosen.main
 
 
 def cache_folder() -> Path:
@@ -93,91 +89,102 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
-def _in_snapshot(
-    snapshot: Path, names: Collection[str], reference: RepoReference, weights: bool
-) -> Path | None:
-    """Where the model is in a snapshot of a repository of these files; None unless it is whole."""
+def _storage(repo: str) -> Path:
+    """The repository's own folder in the cache."""
+    return cache_folder() / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _in_cache(reference: RepoReference, revision: str | None, *, weights: bool) -> Path | None:
+    """Where the cache holds the model whole, if it does."""
+    try:
+        snapshot = Path(
+            snapshot_download(
+                reference.repo, revision=revision, local_files_only=True, allow_patterns=[]
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+    paths = [path for path in snapshot.rglob("*") if path.is_file()]
+    names = {path.relative_to(snapshot).as_posix() for path in paths}
+    described = {"config.json", "tokenizer.json"} <= names
+    if described and reference.quant is None and not weights:
+        return snapshot
     try:
         chosen = model_files(names, reference)
-    except RooflineError:  # the hub may have more today
+    except RooflineError:  # the hub may have it
         return None
-    if not all((snapshot / name).is_file() for name in chosen.needed(weights=weights)):
+    if chosen.describing and not described:
         return None
     _say_choice(reference, chosen)
     return snapshot / chosen.main
 
 
-def _listing(repo: str, snapshot: Path) -> list[str]:
-    """All files of the repository at that commit, or what is nearest to knowing them."""
-    try:
-        return [file.path for file in get_cached_repo_tree(repo, revision=snapshot.name)]
-    except CachedRepoTreeNotFoundError:  # another program fetched what it needed, perhaps less
-        return [*files_below(snapshot), "tokenizer.json"]
-
-
-def _missing_bytes(repo: str, revision: str | None) -> dict[str, int]:
-    """The repository's files on the hub, and how many bytes of each have yet to be fetched."""
+def _hub_files(repo: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """A revision's commit on the hub, and its files with the bytes of each yet to be fetched."""
     try:
         info = HfApi().model_info(
             repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
+        if info.sha is None or not re.fullmatch("[0-9a-f]{40}", info.sha):
+            raise ValueError("no commit")  # it becomes a part of paths
     except (ValueError, KeyError, TypeError) as error:
         raise DownloadError(
             f"{constants.ENDPOINT} does not answer as a Hugging Face hub does; "
-            "is HF_ENDPOINT right, or a login page in between?"
+            "is HF_ENDPOINT right, or a login in between?"
         ) from error
-    blobs = cache_folder() / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    blobs = _storage(repo) / "blobs"
     missing: dict[str, int] = {}
     for file in info.siblings or ():
         blob = file.lfs.sha256 if file.lfs else file.blob_id
         here = blob is not None and (blobs / blob).exists()
         missing[file.rfilename] = 0 if here else file.size or 0
-    return missing
+    return info.sha, missing
 
 
 def _say_choice(reference: RepoReference, chosen: ModelFiles) -> None:
-    """One line where the reference left open which of several GGUF files it means."""
-    if chosen.others and reference.quant is None:
-        print(
-            f"{reference}: takes {chosen.main}; name another as {reference}:QUANT: "
-            f"{', '.join(chosen.others)}",
-            file=sys.stderr,
-            flush=True,
-        )
+    """One line where the reference left open which GGUF file it means."""
+    if chosen.main and reference.quant is None:
+        others = f"; also here: {', '.join(chosen.others)}" if chosen.others else ""
+        print(f"{reference}: takes {chosen.main}{others}", file=sys.stderr, flush=True)
 
 
-def _announce(reference: RepoReference, missing_bytes: int) -> None:
-    """Refuse what the disk cannot hold; off a terminal, where there are no bars, say what comes."""
+@contextlib.contextmanager
+def _bar(reference: RepoReference, missing_bytes: int) -> Generator[type[tqdm], None, None]:
+    """One bar for all files, as the class of bar that the library is to use for each.
+
+    Refuses at once what the disk cannot hold; shows nothing where nothing is missing.
+    """
     folder = cache_folder()
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(nearest).free
     if free < missing_bytes:
         raise CapacityError(
-            f"fetching {reference} needs {missing_bytes / 1e6:,.0f} MB of disk in {folder}, but "
-            f"{free / 1e6:,.0f} MB are free; make room or set HF_HUB_CACHE to a folder elsewhere"
+            f"fetching {reference} needs {missing_bytes / 1e6:,.1f} MB of disk in {folder}, but "
+            f"{free / 1e6:,.1f} MB are free; make room or set HF_HUB_CACHE to a folder elsewhere"
         )
-    if missing_bytes and not (sys.stderr and sys.stderr.isatty()):
-        line = f"Fetching {reference} ({missing_bytes / 1e6:,.1f} MB) from {constants.ENDPOINT}"
-        print(line, file=sys.stderr, flush=True)
+    if not missing_bytes:
+        yield _silent_bar(lambda count: None)
+        return
+    line = f"Fetching {reference} ({missing_bytes / 1e6:,.1f} MB) from {constants.ENDPOINT}"
+    with fetch_bar(line, bars=not constants.HF_HUB_DISABLE_PROGRESS_BARS) as bar:
+        task = bar.add_task(f"Downloading {reference}", total=missing_bytes)
+        yield _silent_bar(lambda count: bar.advance(task, count))
 
 
-def _not_here(reference: RepoReference, revision: str | None) -> str:
-    return f"{_tried(reference, revision)}; `roofline pull {reference}` fetches it"
+def _silent_bar(advance: Callable[[int], None]) -> type[tqdm]:
+    """The library's bar of a file, not shown; the bytes that reach the disk go to `advance`."""
 
+    class Silent(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
 
-def _unreachable(reference: RepoReference, revision: str | None, error: Exception) -> str:
-    """Name every place where the model was looked for."""
-    if isinstance(error.__cause__ or error, OfflineModeIsEnabled):
-        return f"{_tried(reference, revision)}; {constants.ENDPOINT} was not asked: HF_HUB_OFFLINE"
-    reason = " ".join(str(error.__cause__ or error).split())
-    return f"{_tried(reference, revision)}; {constants.ENDPOINT} cannot be reached: {reason:.200}"
+        def update(self, n: float | None = 1) -> None:
+            advance(int(n or 0))
 
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Bytes of the network, which are not those of the file."""
 
-def _tried(reference: RepoReference, revision: str | None) -> str:
-    return (
-        f"{reference} is no path here, no built-in model, and {cache_folder()} holds no whole copy "
-        f"of its revision {revision or constants.DEFAULT_REVISION!r}"
-    )
+    return Silent
 
 
 @contextlib.contextmanager
@@ -200,14 +207,37 @@ def _explained(reference: RepoReference, revision: str | None) -> Generator[None
         raise DownloadError(f"{repo} has no revision {revision!r} on {hub}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        hint = "; check HF_TOKEN" if status in (401, 403) else "; try again later"
-        raise DownloadError(f"cannot fetch {reference}: {hub} answered {status}{hint}") from error
+        hint = "check HF_TOKEN" if status in (401, 403) else "try again later"
+        raise DownloadError(f"cannot fetch {reference}: {hub} answered {status}; {hint}") from error
     except (httpx2.TransportError, EntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise DownloadError(_unreachable(reference, revision, error)) from error
-    except OSError as error:
-        folder = cache_folder()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CapacityError(f"fetching {reference}: the disk of {folder} is full") from error
-        raise DownloadError(
-            f"cannot keep {reference} in {folder}: {error.strerror or error}"
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        if isinstance(cause, OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set"
+        elif isinstance(cause, HfHubHTTPError):
+            reason = f"it answered {cause.response.status_code}"
+        raise _UnreachableError(
+            _tried(reference, revision), f"{hub} cannot be asked: {reason:.200}"
         ) from error
+    except (OSError, ValueError) as error:
+        folder, code = cache_folder(), error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise CapacityError(f"fetching {reference}: the disk of {folder} is full") from error
+        reason = " ".join(str(error).split())
+        raise DownloadError(f"cannot fetch {reference} into {folder}: {reason:.300}") from error
+
+
+class _UnreachableError(DownloadError):
+    """The hub could not be asked."""
+
+    def __init__(self, tried: str, reason: str) -> None:
+        super().__init__(f"{tried}; {reason}")
+        self.reason = reason
+
+
+def _tried(reference: RepoReference, revision: str | None) -> str:
+    """Every place on this machine where the model is not."""
+    return (
+        f"{reference} is no path here, no built-in model, and {cache_folder()} holds no whole copy "
+        f"of its revision {revision or constants.DEFAULT_REVISION!r}"
+    )

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roofline.budget import GATE_UP, QKV, LayerPlan, MatrixPlan, Rank, layer_tensor
+from roofline.budget import (
+    GATE_UP,
+    QKV,
+    LayerPlan,
+    MatrixPlan,
+    Rank,
+    layer_tensor,
+    padded_rows,
+)
 from roofline.config import ModelConfig
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.checkpoints.reading import float_vector, int8_rows
@@ -18,6 +26,7 @@ from roofline.ops import FloatWeight, Int8Weight, Weight
 from roofline.quantization.int8_groups import cut_columns
 
 Progress = Callable[[str], None]  # told the name of each tensor loaded
+Pack = Callable[[Int8Weight | FloatWeight, bool], Weight]  # True: two halves of rows in turn
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Source:
 
     checkpoint: Checkpoint
     progress: Progress
+    pack: Pack = lambda weight, paired: weight  # into the order its backend reads
 
     def vector(self, name: str, rows: range | None = None) -> Tensor:
         """An RMSNorm weight or some rows of a bias, [n] float32."""
@@ -33,7 +43,7 @@ class Source:
         picked = slice(None) if rows is None else slice(rows.start, rows.stop)
         return float_vector(self.checkpoint, name, picked)
 
-    def fill(self, name: str, rows: range, columns: range, out: Weight) -> None:
+    def fill(self, name: str, rows: range, columns: range, out: Int8Weight | FloatWeight) -> None:
         """Load the rank's rows and columns of a matrix into `out`, in the format of that."""
         self.progress(name)
         picked = slice(rows.start, rows.stop)
@@ -47,12 +57,15 @@ class Source:
         out.scales.copy_(weight.scales)
 
 
-def allocate(plan: MatrixPlan) -> Weight:
-    """An unfilled matrix as planned."""
+def allocate(plan: MatrixPlan) -> Int8Weight | FloatWeight:
+    """An unfilled matrix as planned: its rows in memory that has room for the padded ones."""
+    rows = padded_rows(plan.rows)
     if not plan.group:
-        return FloatWeight(torch.empty(plan.rows, plan.columns, dtype=getattr(torch, plan.dtype)))
-    values = torch.empty(plan.rows, plan.columns, dtype=torch.int8)
-    return Int8Weight(values, torch.empty(plan.rows, plan.groups), plan.group, plan.offset)
+        values = torch.empty(rows, plan.columns, dtype=getattr(torch, plan.dtype))
+        return FloatWeight(values[: plan.rows])
+    values = torch.empty(rows, plan.columns, dtype=torch.int8)
+    scales = torch.empty(rows, plan.groups)
+    return Int8Weight(values[: plan.rows], scales[: plan.rows], plan.group, plan.offset)
 
 
 @dataclass(frozen=True)
@@ -84,20 +97,22 @@ def load_layer(
     channels = parallel.ffn_channels(model, tp)
     qkv = list(zip(QKV, (queries, keys, keys), strict=True))
 
-    def column_parallel(matrix: MatrixPlan, pieces: Sequence[tuple[str, range]]) -> Weight:
+    def column_parallel(
+        matrix: MatrixPlan, pieces: Sequence[tuple[str, range]], paired: bool = False
+    ) -> Weight:
         """Matrices one above the other, each cut by rows."""
         fused, top = allocate(matrix), 0
         for piece, rows in pieces:
             part = _rows(fused, top, top + len(rows))
             source.fill(layer_tensor(layer, piece), rows, range(matrix.columns), part)
             top += len(rows)
-        return fused
+        return source.pack(fused, paired)
 
     def row_parallel(matrix: MatrixPlan, piece: str, columns: range) -> Weight:
         """A matrix cut by columns."""
         weight = allocate(matrix)
         source.fill(layer_tensor(layer, piece), range(matrix.rows), columns, weight)
-        return weight
+        return source.pack(weight, False)
 
     def bias(pieces: Sequence[tuple[str, range]]) -> Tensor:
         """The biases of a column-parallel matrix, cut like it."""
@@ -113,7 +128,7 @@ def load_layer(
         qkv=column_parallel(plan.qkv, qkv),
         output=row_parallel(plan.output, "self_attn.o_proj", queries),
         ffn_norm=vector("post_attention_layernorm"),
-        gate_up=column_parallel(plan.gate_up, [(piece, channels) for piece in GATE_UP]),
+        gate_up=column_parallel(plan.gate_up, [(piece, channels) for piece in GATE_UP], True),
         down=row_parallel(plan.down, "mlp.down_proj", channels),
         qkv_bias=bias(qkv) if model.qkv_bias else None,
         q_norm=vector("self_attn.q_norm") if model.qk_norm else None,
@@ -126,10 +141,10 @@ def load_table(source: Source, model: ModelConfig, rank: Rank, plan: MatrixPlan)
     table = allocate(plan)
     rows = rank.parallel.vocabulary(model, rank.tp_rank)
     source.fill(plan.name, rows, range(plan.columns), table)
-    return table
+    return source.pack(table, False)
 
 
-def _rows(weight: Weight, start: int, stop: int) -> Weight:
+def _rows(weight: Int8Weight | FloatWeight, start: int, stop: int) -> Int8Weight | FloatWeight:
     """A view of some rows."""
     if isinstance(weight, FloatWeight):
         return FloatWeight(weight.values[start:stop])

@@ -43,7 +43,7 @@ class ModelFiles:
     """The files of one model in a repository, by their paths in it."""
 
     weights: tuple[str, ...]
-    describing: tuple[str, ...] = ()  # config and tokenizer, where the weights do not hold them
+    describing: tuple[str, ...] = ()  # tokenizer and, last, config, where weights hold neither
     others: tuple[str, ...] = ()  # GGUF models that could have been meant as well
 
     @property
@@ -73,7 +73,8 @@ def model_files(names: Collection[str], reference: RepoReference) -> ModelFiles:
     _refuse_escapes(names, reference.repo)
     weights = safetensors_weights(names)
     if weights and reference.quant is None:
-        return ModelFiles(weights, tuple(sorted(filter(_DESCRIBING.fullmatch, names))))
+        describing = sorted(filter(_DESCRIBING.fullmatch, names), key=lambda n: n == "config.json")
+        return ModelFiles(weights, tuple(describing))
     found = gguf_models(names)
     if found:
         chosen = _chosen(found, reference)

@@ -39,7 +39,17 @@ class FloatWeight:
         return self.values.shape[0]
 
 
-Weight = Int8Weight | FloatWeight
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight matrix [N, K] in the order its backend reads it, which no other backend knows."""
+
+    values: Tensor  # [N * K] int8, bfloat16 or float32
+    scales: Tensor | None  # [N * groups] float32, of int8
+    rows: int  # output channels, N
+    layout: object
+
+
+Weight = Int8Weight | FloatWeight | PackedWeight
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Ops(abc.ABC):
 
     def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
         self.dtype = dtype  # of activations and KV; fixed here, never by the tokens of a step
-        self.scratch = scratch  # [n] float32, room for weights on their way to be multiplied
+        self.scratch = scratch  # [n] float32, room for what an op needs on its way
 
     @abc.abstractmethod
     def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:
@@ -131,3 +141,18 @@ class Ops(abc.ABC):
         out: Tensor,  # [S, V] float32: logits
     ) -> None:
         """RMSNorm of residual + delta at the sampled tokens, projected to the vocabulary."""
+
+    def all_finite(self, logits: Tensor) -> bool:
+        """Whether what the last `norm_head` wrote is free of NaN and infinities."""
+        return bool(torch.isfinite(logits).all())
+
+    @abc.abstractmethod
+    def choose(
+        self,
+        logits: Tensor,  # [S, V] float32; -inf is never chosen
+        temperature: Tensor,  # [S] float64; 0 = the likeliest
+        seed: Tensor,  # [S] int64, the bits of an unsigned number
+        position: Tensor,  # [S] int64
+        out: Tensor,  # [S] int64: token ids
+    ) -> None:
+        """Argmax of logits / temperature + noise (`ops.noise`), the lowest id winning ties."""

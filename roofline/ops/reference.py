@@ -10,20 +10,35 @@ import itertools
 import torch
 from torch import Tensor
 
-from roofline.ops import FloatWeight, Int8Weight, Ops, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
+from roofline.ops.noise import choose
 
 TILE_TOKENS = 16
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 SPAN_TOKENS = 256  # KV positions attention reads at a time, rounded down to whole blocks
 
 
 class ReferenceOps(Ops):
     """Composed of torch primitives; float32 inside, whatever the activation dtype."""
 
+    def __init__(
+        self, dtype: torch.dtype, scratch: Tensor, *, int8_activations: bool = False
+    ) -> None:
+        super().__init__(dtype, scratch)
+        self._int8_activations = int8_activations
+
+    def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
+        """Multiply as this backend was told: by activations as they are, or rounded to INT8."""
+        if self._int8_activations and isinstance(weight, Int8Weight):
+            x = round_to_int8(x.float(), weight)
+        return multiply(x, weight, self.scratch)
+
     def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:
         """See `Ops.embed`."""
         local = token_ids - first_id
         here = (local >= 0) & (local < table.rows)
         rows = local.clamp(0, table.rows - 1)
+        assert not isinstance(table, PackedWeight), "packed for another backend"
         if isinstance(table, Int8Weight):
             picked = Int8Weight(table.values[rows], table.scales[rows], table.group, table.offset)
             values = dequantize(picked, torch.empty(picked.values.shape))
@@ -53,7 +68,7 @@ class ReferenceOps(Ops):
         tokens, heads, dim = out.shape
         kv_heads = kv_pool.shape[3]
         x = rms_norm(residual, norm, eps).to(self.dtype)
-        mixed = multiply(x, qkv, self.scratch)
+        mixed = self._multiply(x, qkv)
         if bias is not None:
             mixed += bias
         mixed = mixed.view(tokens, heads + 2 * kv_heads, dim)
@@ -93,7 +108,7 @@ class ReferenceOps(Ops):
 
     def linear(self, x: Tensor, weight: Weight, out: Tensor) -> None:
         """See `Ops.linear`."""
-        out.copy_(multiply(x, weight, self.scratch))
+        out.copy_(self._multiply(x, weight))
 
     def norm_gate_up_swiglu(
         self,
@@ -107,7 +122,7 @@ class ReferenceOps(Ops):
         """See `Ops.norm_gate_up_swiglu`."""
         residual += delta
         x = rms_norm(residual, norm, eps).to(self.dtype)
-        gate, up = multiply(x, gate_up, self.scratch).chunk(2, dim=1)
+        gate, up = self._multiply(x, gate_up).chunk(2, dim=1)
         out.copy_(gate / (1 + torch.exp(-gate)) * up)
 
     def norm_head(
@@ -122,7 +137,25 @@ class ReferenceOps(Ops):
     ) -> None:
         """See `Ops.norm_head`."""
         x = rms_norm(residual[sampled] + delta[sampled], norm, eps).to(self.dtype)
-        out.copy_(multiply(x, head, self.scratch))
+        out.copy_(self._multiply(x, head))
+
+    def choose(
+        self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, out: Tensor
+    ) -> None:
+        """See `Ops.choose`."""
+        columns = (temperature.tolist(), seed.tolist(), position.tolist())
+        for row, (heat, key, place) in enumerate(zip(*columns, strict=True)):
+            out[row] = choose(logits[row], heat, key % (1 << 64), place)
+
+
+def round_to_int8(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x [T, K] rounded to INT8 in the groups of a weight's columns: max |x| / 127 is a step."""
+    columns = torch.arange(x.shape[1]) + weight.offset
+    group = (columns // weight.group).expand_as(x)
+    largest = torch.zeros(len(x), weight.scales.shape[1])
+    largest.scatter_reduce_(1, group, x.abs(), "amax")
+    steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / 127).gather(1, group)
+    return (x / steps).round() * steps
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -160,6 +193,7 @@ def multiply(x: Tensor, weight: Weight, scratch: Tensor) -> Tensor:
     `scratch` is float32 of at least one row of the weight; a slab of rows is dequantised to it,
     small enough to stay in cache while every tile is multiplied by it.
     """
+    assert not isinstance(weight, PackedWeight), "packed for another backend"
     tokens, columns = x.shape
     tiles = -(-tokens // TILE_TOKENS)
     padded = torch.zeros(tiles, TILE_TOKENS, columns)
@@ -175,7 +209,7 @@ def multiply(x: Tensor, weight: Weight, scratch: Tensor) -> Tensor:
     return result.transpose(1, 2).reshape(-1, weight.rows)[:tokens]
 
 
-def _float_rows(weight: Weight, start: int, stop: int, out: Tensor) -> None:
+def _float_rows(weight: Int8Weight | FloatWeight, start: int, stop: int, out: Tensor) -> None:
     if isinstance(weight, FloatWeight):
         out.copy_(weight.values[start:stop])
         return

@@ -196,11 +196,11 @@ class _Child:
             timer.join()
 
 
-def _raised(function: str, name: str, message: str) -> Exception:
+def _raised(function: str, name: str, message: str, fields: Mapping[str, str | None]) -> Exception:
     """An error of the child as this process raises it."""
     kind = vars(errors).get(name)
     if isinstance(kind, type) and issubclass(kind, errors.RooflineError):
-        return kind(message)
+        return kind(message, **fields)
     return RuntimeError(f"{function} in the sandbox: {name}: {message}")  # a mistake of ours
 
 
@@ -231,9 +231,15 @@ def _answer(function: str, arguments: dict[str, Any], limit_s: float) -> dict[st
     except MemoryError:
         os._exit(1)
     except errors.RooflineError as error:
-        return {"error": [type(error).__name__, error.message]}
+        return {"error": [type(error).__name__, error.message, _fields(error)]}
     except BaseException as error:  # the border between processes: whatever it is goes over it
-        return {"error": [type(error).__name__, " ".join(str(error).split())]}
+        return {"error": [type(error).__name__, " ".join(str(error).split()), {}]}
+
+
+def _fields(error: errors.RooflineError) -> dict[str, str | None]:
+    """What an error says to programs."""
+    is_request = isinstance(error, errors.RequestError)
+    return {"param": error.param, "code": error.code} if is_request else {}
 
 
 @contextmanager

@@ -58,7 +58,10 @@ def render(source: str, origin: str, variables: Mapping[str, Any], max_bytes: in
             pieces.append(piece)
             max_bytes -= len(piece.encode("utf-8", "surrogatepass"))
             if max_bytes < 0:
-                raise RequestError("the chat template writes more than the context can hold")
+                raise RequestError(
+                    "the chat template writes more than the context can hold",
+                    code="context_length_exceeded",
+                )
     except RequestError:
         raise
     except _TemplateRefusal as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from roofline.errors import RequestError
+from roofline.errors import RequestError, shown
 from roofline.sandbox import Sandbox
 from roofline.sandbox.templates import names_in
 
@@ -66,7 +66,10 @@ class ChatTemplate:
         names = self._names[self._chosen(given)]
         for name in [name for name, value in given.items() if name not in names]:
             if given[name] is not None and given[name] != []:
-                raise RequestError(f"the model's chat template has no use for {name}")
+                raise RequestError(
+                    f"the model's chat template has no use for {shown(name)}",
+                    param=name if name in ("tools", "documents") else "chat_template_kwargs",
+                )
 
     def render(self, variables: Mapping[str, Any], renderer: Renderer) -> str:
         """Write out the conversation in `variables`, all of them JSON values."""

@@ -99,7 +99,7 @@ def test_what_a_template_has_no_use_for_is_refused_by_name() -> None:
     made.refuse_unused({"tools": TOOLS, "documents": None, "enable_thinking": False})
     made.refuse_unused({"tools": None, "documents": []})
     for name, value in (("enable_thinking", False), ("documents", TOOLS)):
-        with pytest.raises(RequestError, match=f"has no use for {name}$"):
+        with pytest.raises(RequestError, match=f"has no use for '{name}'$"):
             made.refuse_unused({name: value})
 
 

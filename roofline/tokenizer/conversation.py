@@ -63,7 +63,8 @@ class Conversation:
         if self.add_generation_prompt:
             raise RequestError(
                 "add_generation_prompt begins an answer and continue_final_message goes on with "
-                "one; only one of them can be true"
+                "one; only one of them can be true",
+                param="continue_final_message",
             )
         if self.messages[-1].get("content") in (None, []):
             raise RequestError(

@@ -262,11 +262,14 @@ def _read(file: Path) -> str:
             raise CheckpointError(f"{file}: {fault}")
         if file.stat().st_size > _MAX_FILE_BYTES:
             raise CheckpointError(f"{file}: is larger than {_MAX_FILE_BYTES} bytes")
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file}: is not UTF-8: {error.reason}") from None
+    if text.startswith("version https://git-lfs"):
+        raise CheckpointError(f"{file}: is a Git LFS pointer (git lfs pull fetches the file)")
+    return text
 
 
 def _named(value: object) -> str:

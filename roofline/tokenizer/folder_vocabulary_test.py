@@ -182,7 +182,7 @@ def test_the_context_is_that_of_the_models_config(tmp_path: Path) -> None:
         (b"null", "is null; it must be a JSON object"),
         (b"[" * 100_000, "is not valid JSON"),
         (b'{"a": ' + b"1" * 5_000 + b"}", "is not valid JSON"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is not valid JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ],
     ids=range(8),
 )

@@ -84,7 +84,8 @@ def render_untrusted(
         try:
             rendered = render({**trusted, **values})
         except RequestError as error:
-            raise RequestError("".join(placeholders.pieces(error.message))) from error
+            message = "".join(placeholders.pieces(error.message))
+            raise RequestError(message, param=error.param, code=error.code) from error
         if continue_final_message:
             rendered = placeholders.before_end(rendered)
         return placeholders.pieces(rendered)

@@ -1,7 +1,7 @@
 """How text is cut into words before byte-pair merges, by the name GGUF files give it.
 
-The rules are those of the models' original tokenizers; docs/formats.md says how each name was held
-against its own. No vocabulary here.
+The rules are those of the models' original tokenizers: docs/tokenizers.md says how they were held
+against them. No vocabulary here.
 """
 
 from collections.abc import Callable
@@ -65,12 +65,12 @@ def _tekken() -> pre_tokenizers.PreTokenizer:
 
 def _cut(*words: str) -> pre_tokenizers.PreTokenizer:
     """Cut out what the first of these patterns matches; of white space, keep lines together."""
-    return _cut_again_and_again("|".join([*words, r"\s*[\r\n]+|\s+(?!\S)|\s+"]))
+    return _cut_by_each("|".join([*words, r"\s*[\r\n]+|\s+(?!\S)|\s+"]))
 
 
 def _default() -> pre_tokenizers.PreTokenizer:
     """As llama.cpp cuts where the file's converter knew no rule."""
-    return _cut_again_and_again(
+    return _cut_by_each(
         r"[\p{P}$+<=>^~|]+",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
         r"\p{N}+",
@@ -78,7 +78,7 @@ def _default() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _cut_again_and_again(*patterns: str) -> pre_tokenizers.PreTokenizer:
+def _cut_by_each(*patterns: str) -> pre_tokenizers.PreTokenizer:
     """Cut out the matches of each pattern, and of the next one inside of what that leaves."""
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

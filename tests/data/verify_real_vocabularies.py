@@ -8,7 +8,7 @@
 The archives hold the vocabularies of Llama 3, Mistral and Qwen as their authors give them away, and
 GGUF files of llama.cpp's converter with the ids that `transformers` gave. Encoded are the hard
 strings, texts joined of them, and the first 200 kB of TEXT. Nothing in an archive is run.
-docs/formats.md has the outcome.
+docs/tokenizers.md has the outcome.
 """
 
 import ast

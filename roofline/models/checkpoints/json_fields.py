@@ -26,6 +26,8 @@ def read_json(path: Path) -> dict[str, Any]:
             text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if text.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not JSON; run `git lfs pull`")
     if len(text) > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: too large for JSON; the limit is {MAX_JSON_BYTES:,} bytes")
     return parse_json(text, str(path))

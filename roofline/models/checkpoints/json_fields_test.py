@@ -31,3 +31,10 @@ def test_parsed_json_says_where(tmp_path: Path) -> None:
     assert parse_json(b'{"a": {"b": 1}, "c": {"b": 2}}', "here") == {"a": {"b": 1}, "c": {"b": 2}}
     with pytest.raises(CheckpointError, match=r"^here: not valid JSON"):
         parse_json(b"{]", "here")
+
+
+def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match="a Git LFS pointer, not JSON; run `git lfs pull`"):
+        read_json(path)

@@ -1,0 +1,109 @@
+"""The one choice of backend: native kernels where they can run the model, else the reference."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from roofline.budget import ModelPlan
+from roofline.config import EngineConfig, ModelConfig
+from roofline.errors import UsageError
+from roofline.ops import FloatWeight, Int8Weight, Ops, Weight
+from roofline.ops.cpu.library import Library, open_library
+from roofline.ops.cpu.native import MAX_HEAD_DIM, MAX_QUERIES, NativeOps, Pool
+from roofline.ops.cpu.packing import LANES, can_pack, pack
+from roofline.ops.reference import ReferenceOps
+
+Arena = Mapping[str, Tensor]
+Pack = Callable[[Int8Weight | FloatWeight, bool], Weight]  # True: rows of gate and up in turn
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What keeps the matrices of a model and computes with them."""
+
+    name: str  # `reference`, or the native ISA
+    reason: str | None  # why the reference stands in, if nobody asked for it
+    pack: Pack
+    pool: Pool | None  # of the native kernels
+    rounds_activations: bool  # of the reference: to INT8 (native weights are packed for it)
+
+    def ops(self, dtype: torch.dtype, arena: Arena) -> Ops:
+        """The ops, working in the arena's `scratch` and `step`."""
+        if self.pool is None:
+            return ReferenceOps(dtype, arena["scratch"], int8_activations=self.rounds_activations)
+        return NativeOps(dtype, arena["scratch"], arena["step"], self.pool)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self.pool is not None:
+            self.pool.close()
+
+
+def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend:
+    """The backend for a rank's share of a model.
+
+    UsageError where an ISA was asked for that cannot run here, or cannot run this model.
+    """
+    if config.cpu_isa == "reference":
+        return Backend("reference", None, _keep, None, config.activations == "int8")
+    library = _open(config)
+    reason = library if isinstance(library, str) else _unfit(config, model, plan)
+    if isinstance(library, Library) and reason is None:
+        pool = Pool(library, config.threads or usable_cores())
+        packed = partial(_pack, library, config.activations == "int8")
+        return Backend(library.isa_name, None, packed, pool, False)
+    if config.cpu_isa != "auto":
+        raise UsageError(f"cpu_isa {config.cpu_isa} cannot be used: {reason}")
+    return Backend("reference", reason, _keep, None, config.activations == "int8")
+
+
+def survey(config: EngineConfig) -> tuple[str, str]:
+    """The kernels that a model they fit would run on, and why those; UsageError as in `choose`."""
+    if config.cpu_isa == "reference":
+        return "reference", "asked for"
+    library = _open(config)
+    if isinstance(library, str):
+        return "reference", library
+    why = "the best" if config.cpu_isa == "auto" else "the one asked for"
+    return library.isa_name, f"{why} of {', '.join(library.isas)}, which this CPU runs"
+
+
+def usable_cores() -> int:
+    """Processors this process may run on."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def _open(config: EngineConfig) -> Library | str:
+    return open_library(None if config.cpu_isa == "auto" else config.cpu_isa)
+
+
+def _keep(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
+    return weight
+
+
+def _pack(
+    library: Library, int8_activations: bool, weight: Int8Weight | FloatWeight, paired: bool
+) -> Weight:
+    return pack(library, weight, paired=paired, int8_activations=int8_activations)
+
+
+def _unfit(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> str | None:
+    """Why the kernels cannot run a model, if so."""
+    dim, shared = model.head_dim, model.num_heads // model.num_kv_heads
+    if dim % LANES or dim > MAX_HEAD_DIM:
+        return f"head_dim {dim} is not a multiple of {LANES} up to {MAX_HEAD_DIM}"
+    if shared > MAX_QUERIES:
+        return f"{shared} query heads share a KV head; at most {MAX_QUERIES} can"
+    if config.block_size % LANES:
+        return f"block_size {config.block_size} is not a multiple of {LANES}"
+    for matrix in plan.matrices():
+        if not can_pack(matrix.columns, matrix.group, matrix.offset):
+            return f"{matrix.name} has {matrix.columns} columns in groups of {matrix.group}"
+    if any(layer.gate_up.rows % (2 * LANES) for layer in plan.layers.values()):
+        return f"intermediate_size {model.intermediate_size} is not a multiple of {LANES}"
+    return None

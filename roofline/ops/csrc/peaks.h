@@ -1,0 +1,65 @@
+// What the machine can do at most: how fast memory is read, and how many products a second each
+// kind of arithmetic makes. The yardstick of benchmarks/kernels.py. Included once per ISA.
+#pragma once
+
+#include "linear.h"
+
+namespace roofline {
+namespace RL_ISA {
+
+constexpr int64_t PIECE = 1 << 18;  // bytes of a task
+
+// Sum all of `buffer`, read once.
+static void read_memory(const void* arguments, Team& team) {
+    const Measure& a = *static_cast<const Measure*>(arguments);
+    team.run(a.count / PIECE, 1, [&](int64_t i) {
+        const float* from = reinterpret_cast<const float*>(static_cast<const char*>(a.buffer) + i * PIECE);
+        Vec sum[4] = {fill(0.0f), fill(0.0f), fill(0.0f), fill(0.0f)};
+        for (int64_t k = 0; k < PIECE / 4; k += 4 * LANES) {
+            __builtin_prefetch(from + k + 1024);
+            __builtin_prefetch(from + k + 1024 + LANES);
+            __builtin_prefetch(from + k + 1024 + 2 * LANES);
+            __builtin_prefetch(from + k + 1024 + 3 * LANES);
+            for (int j = 0; j < 4; ++j) sum[j] = sum[j] + load(from + k + j * LANES);
+        }
+        a.sink[i % 64] = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    });
+}
+
+// `count` times DOT_SUMS independent steps of sixteen lanes in a row, on every thread.
+constexpr int DOT_SUMS = 12, DOT_TASKS = 64;
+
+template <class X>
+static void dot_floats(const void* arguments, Team& team) {
+    const Measure& a = *static_cast<const Measure*>(arguments);
+    using P = Panel<X>;
+    team.run(DOT_TASKS, 1, [&](int64_t i) {
+        alignas(64) typename P::Item weights[P::step * LANES] = {};
+        const X x[2] = {};
+        const auto multiplier = P::multiplier(x);
+        Vec sums[DOT_SUMS];
+        for (Vec& sum : sums) sum = fill(float(i));
+        for (int64_t k = 0; k < a.count; ++k)
+            for (Vec& sum : sums) sum = P::multiply(weights, multiplier, sum);
+        for (int s = 1; s < DOT_SUMS; ++s) sums[0] = sums[0] + sums[s];
+        a.sink[i] = sum_lanes(sums[0]);
+    });
+}
+
+static void dot_int8(const void* arguments, Team& team) {
+    const Measure& a = *static_cast<const Measure*>(arguments);
+    team.run(DOT_TASKS, 1, [&](int64_t i) {
+        alignas(64) const uint8_t weights[64] = {};
+        const int8_t x[4] = {};
+        Ints sums[DOT_SUMS];
+        for (Ints& sum : sums) sum = fill_ints(int32_t(i));
+        for (int64_t k = 0; k < a.count; ++k)
+            for (Ints& sum : sums) sum = dot_quads(sum, weights, x);
+        float total = 0.0f;
+        for (const Ints& sum : sums) total += sum_lanes(to_floats(sum));
+        a.sink[i] = total;
+    });
+}
+
+}  // namespace RL_ISA
+}  // namespace roofline

@@ -1,0 +1,89 @@
+// From logits to a token: the likeliest, or the likeliest once counter-based noise is added.
+//
+// noise[v] = Gumbel(Philox4x32-10(key = seed, counter = (position, v))), as in ops/noise.py. Its
+// logarithms are taken only where a bound on them says that the token could win. Once per ISA.
+#pragma once
+
+#include <bit>
+
+#include "linear.h"
+
+namespace roofline {
+namespace RL_ISA {
+
+// The first Philox word of sixteen tokens from `first` on (Salmon et al. 2011).
+static INLINE void philox(uint64_t seed, uint32_t position, uint32_t first, uint32_t words[LANES]) {
+    uint32_t a[LANES], b[LANES], c[LANES], d[LANES];
+    for (int t = 0; t < LANES; ++t) a[t] = position, b[t] = first + uint32_t(t), c[t] = d[t] = 0;
+    uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        for (int t = 0; t < LANES; ++t) {
+            const uint64_t one = uint64_t(a[t]) * 0xD2511F53u, other = uint64_t(c[t]) * 0xCD9E8D57u;
+            a[t] = uint32_t(other >> 32) ^ b[t] ^ low;
+            b[t] = uint32_t(other);
+            c[t] = uint32_t(one >> 32) ^ d[t] ^ high;
+            d[t] = uint32_t(one);
+        }
+        low += 0x9E3779B9u;
+        high += 0xBB67AE85u;
+    }
+    std::memcpy(words, a, sizeof a);
+}
+
+static INLINE float gumbel(uint32_t word) {
+    const double uniform = (double(word) + 0.5) * 0x1p-32;
+    return float(-std::log(-std::log1p(-uniform)));
+}
+
+// At least gumbel(word): it is at most -ln u, and u = word / 2^32 has that many leading zeros.
+static INLINE float gumbel_bound(uint32_t word) {
+    return float(std::countl_zero(word) + 1) * 0.69314724f;
+}
+
+// The first index of the largest of `count` logits.
+static int64_t likeliest(const float* logits, int64_t count) {
+    Vec most = fill(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) most = largest(most, load(logits + i));
+    float top = largest_lane(most);
+    for (; i < count; ++i) top = logits[i] > top ? logits[i] : top;
+    for (i = 0; i < count; ++i)
+        if (logits[i] == top) return i;
+    return 0;
+}
+
+static int64_t draw(const float* logits, int64_t count, float temperature, uint64_t seed,
+                    int64_t position) {
+    int64_t winner = likeliest(logits, count);
+    uint32_t words[LANES];
+    philox(seed, uint32_t(position), uint32_t(winner), words);
+    float best = logits[winner] / temperature + gumbel(words[0]);
+    for (int64_t first = 0; first < count; first += LANES) {
+        philox(seed, uint32_t(position), uint32_t(first), words);
+        const int lanes = int(count - first < LANES ? count - first : LANES);
+        for (int t = 0; t < lanes; ++t) {
+            const float scaled = logits[first + t] / temperature;
+            if (!(scaled + gumbel_bound(words[t]) >= best) || scaled == -INFINITY) continue;
+            const float value = scaled + gumbel(words[t]);
+            if (value > best || (value == best && first + t < winner)) {
+                best = value;
+                winner = first + t;
+            }
+        }
+    }
+    return winner;
+}
+
+static void choose(const void* arguments, Team& team) {
+    const Choose& a = *static_cast<const Choose*>(arguments);
+    team.run(a.step->sampled, 1, [&](int64_t s) {
+        const float* logits = a.logits + s * a.stride;
+        const float temperature = float(a.temperature[s]);
+        a.out[s] = temperature == 0.0f
+                       ? likeliest(logits, a.vocab)
+                       : draw(logits, a.vocab, temperature, uint64_t(a.seed[s]), a.position[s]);
+    });
+}
+
+}  // namespace RL_ISA
+}  // namespace roofline

@@ -1,0 +1,299 @@
+// Sixteen floats, whatever the instruction set: the only file that knows intrinsics.
+//
+// Included once per ISA inside that ISA's namespace. Every function means the same everywhere except
+// that `fma` is fused where the machine can. Sums over lanes have one fixed order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace roofline {
+namespace RL_ISA {
+
+constexpr int LANES = 16;
+
+INLINE float bf16_to_float(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint16_t float_to_bf16(float x) {  // to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX512F__)
+
+struct Vec {
+    __m512 v;
+};
+INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+INLINE Vec fill(float x) { return {_mm512_set1_ps(x)}; }
+INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE Vec largest(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where one is NaN
+INLINE Vec smallest(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+INLINE Vec round_even(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+INLINE Vec times_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+// Lane t of `a` where begin <= t < end, else `other`.
+INLINE Vec keep_lanes(Vec a, int begin, int end, float other) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 in = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(begin)) &
+                         _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(end));
+    return {_mm512_mask_blend_ps(in, _mm512_set1_ps(other), a.v)};
+}
+INLINE Vec load_bf16(const uint16_t* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+INLINE void store_bf16(uint16_t* p, Vec a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+// Four INT8 columns of sixteen rows, [16][4], to floats: out[i] = column i.
+INLINE void quad_to_floats(const int8_t* p, Vec out[4]) {
+    const __m512i raw = _mm512_loadu_si512(p);
+    out[0].v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 24), 24));
+    out[1].v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 16), 24));
+    out[2].v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 8), 24));
+    out[3].v = _mm512_cvtepi32_ps(_mm512_srai_epi32(raw, 24));
+}
+// Two bfloat16 columns of sixteen rows, [16][2], to floats.
+INLINE void pair_to_floats(const uint16_t* p, Vec out[2]) {
+    const __m512i raw = _mm512_loadu_si512(p);
+    out[0].v = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+    out[1].v = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+#elif defined(__AVX2__)
+
+struct Vec {
+    __m256 lo, hi;
+};
+INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void store(float* p, Vec a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+INLINE Vec fill(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+#define RL_EACH(name, op)                                                        \
+    INLINE Vec name(Vec a, Vec b) { return {op(a.lo, b.lo), op(a.hi, b.hi)}; }
+RL_EACH(operator+, _mm256_add_ps)
+RL_EACH(operator-, _mm256_sub_ps)
+RL_EACH(operator*, _mm256_mul_ps)
+RL_EACH(operator/, _mm256_div_ps)
+RL_EACH(largest, _mm256_max_ps)
+RL_EACH(smallest, _mm256_min_ps)
+#undef RL_EACH
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+INLINE Vec round_even(Vec a) { return {_mm256_round_ps(a.lo, 8), _mm256_round_ps(a.hi, 8)}; }
+INLINE __m256 times_power_of_two(__m256 a, __m256 n) {  // in two steps: n may leave the exponent
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    const __m256i rest = _mm256_sub_epi32(whole, half), bias = _mm256_set1_epi32(127);
+    const __m256i one = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    const __m256i two = _mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23);
+    return _mm256_mul_ps(_mm256_mul_ps(a, _mm256_castsi256_ps(one)), _mm256_castsi256_ps(two));
+}
+INLINE Vec times_power_of_two(Vec a, Vec n) {
+    return {times_power_of_two(a.lo, n.lo), times_power_of_two(a.hi, n.hi)};
+}
+INLINE Vec keep_lanes(Vec a, int begin, int end, float other) {
+    float lanes[LANES];
+    store(lanes, a);
+    for (int t = 0; t < LANES; ++t)
+        if (t < begin || t >= end) lanes[t] = other;
+    return load(lanes);
+}
+INLINE __m256 half_bf16(const uint16_t* p) {
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+INLINE Vec load_bf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
+INLINE void store_bf16(uint16_t* p, Vec a) {
+    float lanes[LANES];
+    store(lanes, a);
+    for (int t = 0; t < LANES; ++t) p[t] = float_to_bf16(lanes[t]);
+}
+INLINE void quad_to_floats(const int8_t* p, Vec out[4]) {
+    const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32));
+#define RL_COLUMN(i, left)                                                               \
+    out[i].lo = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(lo, left), 24)); \
+    out[i].hi = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(hi, left), 24));
+    RL_COLUMN(0, 24)
+    RL_COLUMN(1, 16)
+    RL_COLUMN(2, 8)
+    RL_COLUMN(3, 0)
+#undef RL_COLUMN
+}
+INLINE void pair_to_floats(const uint16_t* p, Vec out[2]) {
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+    const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+    out[0].lo = _mm256_castsi256_ps(_mm256_slli_epi32(lo, 16));
+    out[0].hi = _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16));
+    out[1].lo = _mm256_castsi256_ps(_mm256_and_si256(lo, upper));
+    out[1].hi = _mm256_castsi256_ps(_mm256_and_si256(hi, upper));
+}
+
+#else  // portable: plain loops, which a compiler turns into what the machine has
+
+struct Vec {
+    float v[LANES];
+};
+#define RL_EACH(name, expression)                               \
+    INLINE Vec name(Vec a, Vec b) {                             \
+        Vec c;                                                  \
+        for (int t = 0; t < LANES; ++t) c.v[t] = (expression);  \
+        return c;                                               \
+    }
+RL_EACH(operator+, a.v[t] + b.v[t])
+RL_EACH(operator-, a.v[t] - b.v[t])
+RL_EACH(operator*, a.v[t] * b.v[t])
+RL_EACH(operator/, a.v[t] / b.v[t])
+RL_EACH(largest, a.v[t] > b.v[t] ? a.v[t] : b.v[t])
+RL_EACH(smallest, a.v[t] < b.v[t] ? a.v[t] : b.v[t])
+RL_EACH(times_power_of_two, b.v[t] == b.v[t] ? std::ldexp(a.v[t], int(b.v[t])) : b.v[t])
+#undef RL_EACH
+INLINE Vec load(const float* p) {
+    Vec a;
+    std::memcpy(a.v, p, sizeof a.v);
+    return a;
+}
+INLINE void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
+INLINE Vec fill(float x) {
+    Vec a;
+    for (float& lane : a.v) lane = x;
+    return a;
+}
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__aarch64__) || defined(__FMA__)
+    for (int t = 0; t < LANES; ++t) c.v[t] = __builtin_fmaf(a.v[t], b.v[t], c.v[t]);
+#else
+    for (int t = 0; t < LANES; ++t) c.v[t] += a.v[t] * b.v[t];
+#endif
+    return c;
+}
+INLINE Vec round_even(Vec a) {
+    for (float& lane : a.v) lane = std::nearbyintf(lane);
+    return a;
+}
+INLINE Vec keep_lanes(Vec a, int begin, int end, float other) {
+    for (int t = 0; t < LANES; ++t)
+        if (t < begin || t >= end) a.v[t] = other;
+    return a;
+}
+INLINE Vec load_bf16(const uint16_t* p) {
+    Vec a;
+    for (int t = 0; t < LANES; ++t) a.v[t] = bf16_to_float(p[t]);
+    return a;
+}
+INLINE void store_bf16(uint16_t* p, Vec a) {
+    for (int t = 0; t < LANES; ++t) p[t] = float_to_bf16(a.v[t]);
+}
+INLINE void quad_to_floats(const int8_t* p, Vec out[4]) {
+    for (int i = 0; i < 4; ++i)
+        for (int t = 0; t < LANES; ++t) out[i].v[t] = float(p[4 * t + i]);
+}
+INLINE void pair_to_floats(const uint16_t* p, Vec out[2]) {
+    for (int i = 0; i < 2; ++i)
+        for (int t = 0; t < LANES; ++t) out[i].v[t] = bf16_to_float(p[2 * t + i]);
+}
+
+#endif
+
+// Sixteen 32-bit integers: sums of products of unsigned and signed bytes, four to a lane.
+#if defined(__AVX512VNNI__)
+struct Ints {
+    __m512i v;
+};
+INLINE Ints fill_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+INLINE Ints dot_quads(Ints sum, const uint8_t* weights, const int8_t* x) {
+    int quad;
+    std::memcpy(&quad, x, 4);
+    return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(weights), _mm512_set1_epi32(quad))};
+}
+INLINE Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+#else
+struct Ints {
+    int32_t v[LANES];
+};
+INLINE Ints fill_ints(int32_t x) {
+    Ints a;
+    for (int32_t& lane : a.v) lane = x;
+    return a;
+}
+INLINE Ints dot_quads(Ints sum, const uint8_t* weights, const int8_t* x) {
+    for (int t = 0; t < LANES; ++t)
+        for (int i = 0; i < 4; ++i) sum.v[t] += int32_t(weights[4 * t + i]) * x[i];
+    return sum;
+}
+INLINE Vec to_floats(Ints a) {
+    float lanes[LANES];
+    for (int t = 0; t < LANES; ++t) lanes[t] = float(a.v[t]);
+    return load(lanes);
+}
+#endif
+
+INLINE float sum_lanes(Vec a) {  // one order on every ISA: halves, halves of halves, ...
+    float lanes[LANES];
+    store(lanes, a);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int t = 0; t < width; ++t) lanes[t] += lanes[t + width];
+    return lanes[0];
+}
+
+INLINE float largest_lane(Vec a) {  // NaN where a lane is
+    float lanes[LANES];
+    store(lanes, a);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int t = 0; t < width; ++t)
+            if (!(lanes[t] > lanes[t + width]) && lanes[t] == lanes[t])
+                lanes[t] = lanes[t + width];
+    return lanes[0];
+}
+
+// e^x to about 1 ulp: 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6 (Cephes expf).
+INLINE Vec exponential(Vec x) {
+    x = smallest(fill(130.0f), largest(fill(-104.0f), x));  // beyond: inf and 0; NaN passes
+    const Vec n = round_even(x * fill(1.44269504f));
+    const Vec r = fma(n, fill(2.12194440e-4f), fma(n, fill(-0.693359375f), x));
+    Vec p = fill(1.9875691500e-4f);
+    p = fma(p, r, fill(1.3981999507e-3f));
+    p = fma(p, r, fill(8.3334519073e-3f));
+    p = fma(p, r, fill(4.1665795894e-2f));
+    p = fma(p, r, fill(1.6666665459e-1f));
+    p = fma(p, r, fill(5.0000001201e-1f));
+    return times_power_of_two(fma(p, r * r, r + fill(1.0f)), n);
+}
+
+// Activations of either type.
+INLINE Vec load(const uint16_t* p) { return load_bf16(p); }
+INLINE void store(uint16_t* p, Vec a) { store_bf16(p, a); }
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(uint16_t* p, float x) { *p = float_to_bf16(x); }
+
+}  // namespace RL_ISA
+}  // namespace roofline
