@@ -208,6 +208,18 @@ def test_an_answer_whose_form_cannot_go_on_is_an_error(
         assert refusal(response, 400)["param"] == "guided_regex"
 
 
+def test_an_answer_goes_on_from_a_message_left_open(client: httpx2.Client, llm: AsyncLLM) -> None:
+    messages = [*USER, {"role": "assistant", "content": "Well, "}]
+    tokenizer, greedy = llm.get_tokenizer(), {"temperature": 0, "max_tokens": 6}
+    ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
+    assert tokenizer.decode(ids).endswith("Well, ")
+    expected = client.post(COMPLETIONS, json={"prompt": ids, **greedy}).json()
+    body = {"messages": messages, "continue_final_message": True, **greedy}
+    found = client.post(CHAT, json=body).json()
+    assert found["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
+    assert found["usage"]["prompt_tokens"] == len(ids)
+
+
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, chat=False)
     llm = AsyncLLM(str(folder), max_num_seqs=1)

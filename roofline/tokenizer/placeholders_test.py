@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from roofline.errors import RequestError
@@ -273,6 +273,7 @@ PARTS = st.sampled_from(["<|", "|>", "<", ">", "<|im_", "end|>", " ", "", "x\n",
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=3), st.lists(PARTS, min_size=4, max_size=4))
+@example(["", ""], ["<|", "<|im_", "end|>", "<|"])
 def test_any_texts_between_any_template_text_write_no_special_token(
     texts: list[str], parts: list[str]
 ) -> None:
@@ -285,5 +286,8 @@ def test_any_texts_between_any_template_text_write_no_special_token(
     assert "".join(pieces) == parts[0] + "".join(
         text + parts[index + 1] for index, text in enumerate(texts)
     )
-    alone = [part for part in parts[: len(texts) + 1] if part == "<|im_end|>"]
-    assert specials_in(pieces) == alone
+    # Where a message is empty the template's own parts stand side by side.
+    own = parts[0] + "".join(
+        ("\0" if text else "") + parts[index + 1] for index, text in enumerate(texts)
+    )
+    assert specials_in(pieces) == ["<|im_end|>"] * own.count("<|im_end|>")

@@ -285,7 +285,8 @@ def _within_text(plain: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 def _encoding(bpe: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
     """Encode, unless the text cannot be; an interrupt goes its way."""
     try:
-        return bpe.encode(_checked(text), add_special_tokens=False)
+        # A batch of one: `encode` would hold up every other thread until it is done.
+        return bpe.encode_batch([_checked(text)], add_special_tokens=False)[0]
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of the library's Rust, which has no class
             raise

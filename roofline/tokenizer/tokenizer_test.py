@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,16 @@ def test_a_text_that_merges_into_a_special_token_is_refused() -> None:
     assert tokenizer.encode("ba") == [1, 0]
     with pytest.raises(RequestError, match="encodes to the special token 'ab'"):
         tokenizer.encode("ab")
+
+
+def test_a_long_text_holds_up_no_other_thread(smollm2: Tokenizer) -> None:
+    turns = 0
+    with ThreadPoolExecutor(1) as pool:
+        encoding = pool.submit(smollm2.encode, " " * 1_000_000)
+        while not encoding.done():
+            time.sleep(0.001)
+            turns += 1
+    assert turns > 20
 
 
 def test_token_bytes_are_the_true_bytes_even_of_half_a_character(smollm2: Tokenizer) -> None:
