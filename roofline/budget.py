@@ -385,6 +385,12 @@ def step_read_bytes(plan: ModelPlan, rank: Rank) -> int:
     return plan.weight_bytes + plan.scale_bytes - unread
 
 
+def usable_cores() -> int:
+    """Processors this process may run on."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def available_host_bytes(root: Path = Path("/")) -> int:
     """Memory this process could still take: the kernel's estimate, within its cgroups' limits."""
     meminfo = _numbers(root / "proc/meminfo")

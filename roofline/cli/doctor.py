@@ -10,7 +10,6 @@ import importlib
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console
 
 import roofline
 from roofline import execution, models
-from roofline.budget import available_host_bytes
+from roofline.budget import available_host_bytes, usable_cores
 from roofline.cli import figures, options, output
 from roofline.config import EngineConfig, environment_options
 from roofline.errors import RooflineError
@@ -79,7 +78,7 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": execution.host.cpu_model(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "simd": [flag for flag in (*_SIMD_X86, *_SIMD_ARM) if flag in present],
         "available_memory_bytes": available_host_bytes(),
         "nvidia_driver": shutil.which("nvidia-smi") is not None,
@@ -112,7 +111,7 @@ def _kernels(backends: ModuleType) -> tuple[dict[str, Any], list[str]]:
         name, why = backends.survey(config)
     except RooflineError as error:
         name, why = "none", error.message
-    threads = config.threads or backends.usable_cores()
+    threads = config.threads or usable_cores()
     facts = {"kernels": name, "kernels_why": why, "kernel_threads": threads}
     stands_in = name == "none" or (name == "reference" and config.cpu_isa != "reference")
     return facts, [why] if stands_in else []

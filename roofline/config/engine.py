@@ -127,6 +127,8 @@ class EngineConfig:
             )
         if self.quantization == "none" and group != "auto":
             raise UsageError(f"group_size {group} does nothing with quantization 'none'; drop one")
+        if self.quantization == "none" and self.activations == "int8":
+            raise UsageError("activations 'int8' does nothing with quantization 'none'; drop one")
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) != 1:
                 raise UnsupportedError(

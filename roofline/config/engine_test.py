@@ -46,6 +46,7 @@ def test_an_unsupported_group_size_names_those_supported(bad: int) -> None:
     [
         ({"quantization": "int4"}, "quantization is 'int4'; it must be 'int8' or 'none'"),
         ({"quantization": "none", "group_size": 64}, "group_size 64 does nothing"),
+        ({"quantization": "none", "activations": "int8"}, "activations .int8. does nothing"),
         ({"dtype": "float16"}, "dtype is 'float16'; it must be 'bfloat16' or 'float32'"),
         ({"group_size": "chanel"}, "group_size is 'chanel'; .* 'auto' or 'channel'"),
         ({"group_size": True}, "group_size is True"),

@@ -22,11 +22,10 @@ from roofline.budget import (
 from roofline.config import ModelConfig
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.checkpoints.reading import float_vector, int8_rows
-from roofline.ops import FloatWeight, Int8Weight, Weight
+from roofline.ops import FloatWeight, Int8Weight, Pack, Weight, keep
 from roofline.quantization.int8_groups import cut_columns
 
 Progress = Callable[[str], None]  # told the name of each tensor loaded
-Pack = Callable[[Int8Weight | FloatWeight, bool], Weight]  # True: two halves of rows in turn
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Source:
 
     checkpoint: Checkpoint
     progress: Progress
-    pack: Pack = lambda weight, paired: weight  # into the order its backend reads
+    pack: Pack = keep
 
     def vector(self, name: str, rows: range | None = None) -> Tensor:
         """An RMSNorm weight or some rows of a bias, [n] float32."""

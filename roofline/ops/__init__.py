@@ -6,6 +6,7 @@ which may have no token in a step. `residual` and `delta` are float32 at every a
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,14 @@ class PackedWeight:
 
 
 Weight = Int8Weight | FloatWeight | PackedWeight
+
+# Puts a loaded matrix into its backend's order; True: the two halves of its rows in turn.
+Pack = Callable[[Int8Weight | FloatWeight, bool], Weight]
+
+
+def keep(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
+    """The `Pack` of a backend that reads matrices as they are."""
+    return weight
 
 
 @dataclass(frozen=True)

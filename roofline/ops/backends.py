@@ -1,24 +1,22 @@
 """The one choice of backend: native kernels where they can run the model, else the reference."""
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from roofline.budget import ModelPlan
+from roofline.budget import ModelPlan, usable_cores
 from roofline.config import EngineConfig, ModelConfig
 from roofline.errors import UsageError
-from roofline.ops import FloatWeight, Int8Weight, Ops, Weight
+from roofline.ops import FloatWeight, Int8Weight, Ops, Pack, Weight, keep
 from roofline.ops.cpu.library import Library, open_library
 from roofline.ops.cpu.native import MAX_HEAD_DIM, MAX_QUERIES, NativeOps, Pool
 from roofline.ops.cpu.packing import LANES, can_pack, pack
 from roofline.ops.reference import ReferenceOps
 
 Arena = Mapping[str, Tensor]
-Pack = Callable[[Int8Weight | FloatWeight, bool], Weight]  # True: rows of gate and up in turn
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,18 @@ def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend
 
     UsageError where an ISA was asked for that cannot run here, or cannot run this model.
     """
+    int8_activations = config.activations == "int8"
     if config.cpu_isa == "reference":
-        return Backend("reference", None, _keep, None, config.activations == "int8")
+        return Backend("reference", None, keep, None, int8_activations)
     library = _open(config)
     reason = library if isinstance(library, str) else _unfit(config, model, plan)
     if isinstance(library, Library) and reason is None:
         pool = Pool(library, config.threads or usable_cores())
-        packed = partial(_pack, library, config.activations == "int8")
+        packed = partial(_pack, library, int8_activations)
         return Backend(library.isa_name, None, packed, pool, False)
     if config.cpu_isa != "auto":
         raise UsageError(f"cpu_isa {config.cpu_isa} cannot be used: {reason}")
-    return Backend("reference", reason, _keep, None, config.activations == "int8")
+    return Backend("reference", reason, keep, None, int8_activations)
 
 
 def survey(config: EngineConfig) -> tuple[str, str]:
@@ -72,18 +71,8 @@ def survey(config: EngineConfig) -> tuple[str, str]:
     return library.isa_name, f"{why} of {', '.join(library.isas)}, which this CPU runs"
 
 
-def usable_cores() -> int:
-    """Processors this process may run on."""
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
 def _open(config: EngineConfig) -> Library | str:
     return open_library(None if config.cpu_isa == "auto" else config.cpu_isa)
-
-
-def _keep(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
-    return weight
 
 
 def _pack(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from roofline.budget import Rank, plan_model
+from roofline.budget import Rank, plan_model, usable_cores
 from roofline.config import EngineConfig, ModelConfig
 from roofline.errors import CapacityError, UsageError
 from roofline.ops import backends
@@ -56,7 +56,7 @@ def test_native_ops_are_the_choice_where_they_can_run() -> None:
 def test_the_default_is_a_thread_for_every_core_of_the_process() -> None:
     open_native()
     pools = [choose().pool, choose(threads=3).pool]
-    assert [pool and pool.threads for pool in pools] == [backends.usable_cores(), 3]
+    assert [pool and pool.threads for pool in pools] == [usable_cores(), 3]
 
 
 @pytest.mark.parametrize(

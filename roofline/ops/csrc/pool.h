@@ -22,7 +22,6 @@ class Tape {
     void play(Team& team) const {
         for (const Entry& entry : entries_) entry.kernel(entry.arguments.get(), team);
     }
-    int64_t size() const { return int64_t(entries_.size()); }
 
   private:
     struct Entry {
@@ -44,7 +43,6 @@ class Pool {
 
     void play(const Tape& tape);
     void run(Kernel kernel, const void* arguments);
-    int size() const { return size_; }
 
   private:
     void run();
