@@ -25,6 +25,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from roofline import LLM, SamplingParams
 from roofline.async_llm import AsyncLLM
+from roofline.execution.runner import ModelRunner
 from tests.serving import serving
 from tests.tiny_model import write_tiny_model
 
@@ -196,7 +197,16 @@ def test_eight_streams_at_once_are_the_eight_alone(sdk: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_frees_what_was_held(url: str, llm: AsyncLLM, stream: bool) -> None:
+def test_who_leaves_frees_what_was_held(
+    url: str, llm: AsyncLLM, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = ModelRunner.run
+
+    def slow_step(*plan: Any) -> Any:  # so slow that no request ends by itself before its client
+        time.sleep(0.01)
+        return step(*plan)
+
+    monkeypatch.setattr(ModelRunner, "run", slow_step)
     body = {"prompt": ["Hello"] * 3, "max_tokens": 3000, "ignore_eos": True, "stream": stream}
     generated = llm.stats()["generation_tokens"]
     with httpx2.Client(base_url=url) as client:
