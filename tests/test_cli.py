@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ HELPS = [
     "bench latency",
     "bench throughput",
 ]
-HELP_SECONDS = 0.3  # of the processor: what a clock shows depends on what else runs
+HELP_SECONDS = 0.3  # of a processor that does PACE_ADDITIONS in PACE_SECONDS; a slow one gets longer
+PACE_ADDITIONS, PACE_SECONDS = 500_000, 0.025
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +118,8 @@ def assert_fit_equals_the_engine(model: str, load_format: str = "auto", **option
 
 @pytest.mark.parametrize("command", HELPS)
 def test_help_is_there_at_once(command: str) -> None:
-    seconds: list[float] = []
-    while len(seconds) < 20 and min(seconds, default=1) >= HELP_SECONDS:
+    shares: list[float] = []  # processor time taken of that allowed
+    while len(shares) < 20 and min(shares, default=1) >= 1:
         process = subprocess.Popen(
             [sys.executable, "-m", "roofline", *command.split(), "--help"],
             stdout=subprocess.DEVNULL,
@@ -125,8 +127,17 @@ def test_help_is_there_at_once(command: str) -> None:
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
-        seconds.append(used.ru_utime + used.ru_stime)
-    assert min(seconds) < HELP_SECONDS, seconds
+        allowed = HELP_SECONDS * max(1, pace_seconds() / PACE_SECONDS)
+        shares.append((used.ru_utime + used.ru_stime) / allowed)
+    assert min(shares) < 1, shares
+
+
+def pace_seconds() -> float:
+    """Processor time of this moment's PACE_ADDITIONS: neighbours slow a processor down too."""
+    started, total = time.process_time(), 0
+    for number in range(PACE_ADDITIONS):
+        total += number
+    return time.process_time() - started
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,10 @@ def test_a_builtin_model_that_is_not_here_is_fetched_only_when_it_may_be(
 
 
 @pytest.mark.parametrize("reference", ["a/../b", "org/repo:", "../../etc/passwd", "a/b/c", "a//b"])
-def test_a_name_that_leads_elsewhere_asks_no_hub(hub_server: Hub, reference: str) -> None:
+def test_a_name_that_leads_elsewhere_asks_no_hub(
+    hub_server: Hub, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no such file is, whatever folder the tests run in
     with pytest.raises(UsageError, match="is not an existing path nor a built-in name"):
         hub.resolve(reference)
     assert hub_server.requests == []
