@@ -6,6 +6,7 @@
 #pragma once
 
 #include "abi.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace roofline {
@@ -14,9 +15,6 @@ namespace RL_ISA {
 #if defined(__AVX512BF16__)
 #define RL_BF16_DOT 1
 #endif
-
-constexpr int DIRECT_TOKENS = 4;  // up to here weights go from memory through registers only
-constexpr int MICRO_TOKENS = 6;   // at most, whose sums registers hold
 
 INLINE int64_t item_bytes(int64_t kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "abi.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace roofline {
@@ -103,6 +104,24 @@ INLINE Ints round_to_ints(Vec a) {  // up to 2^22: in floats about 1.5 * 2^23 th
 }
 #endif
 
+#if defined(__AVX512F__)
+INLINE __m512i load_part(const char* p) { return _mm512_loadu_si512(p); }
+INLINE void store_part(char* p, __m512i part) { _mm512_storeu_si512(p, part); }
+#elif defined(__AVX2__)
+INLINE Ints load_part(const char* p) {
+    const __m256i* half = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)};
+}
+INLINE void store_part(char* p, Ints part) { store(reinterpret_cast<int32_t*>(p), part); }
+#else
+INLINE Ints load_part(const char* p) {
+    Ints a;
+    std::memcpy(a.v, p, sizeof a.v);
+    return a;
+}
+INLINE void store_part(char* p, Ints part) { std::memcpy(p, part.v, sizeof part.v); }
+#endif
+
 #if defined(__AVX512VNNI__)
 using ByteOperand = int8_t;
 constexpr int QUAD_PARTS = 1;
@@ -138,7 +157,9 @@ INLINE Ints dot_part(Ints sum, Ints weights, const ByteOperand* x) {
     int bits;
     std::memcpy(&bits, x, 4);
     const __m256i pair = _mm256_set1_epi32(bits);
-    return sum + Ints{_mm256_madd_epi16(weights.lo, pair), _mm256_madd_epi16(weights.hi, pair)};
+    sum = sum + Ints{_mm256_madd_epi16(weights.lo, pair), _mm256_madd_epi16(weights.hi, pair)};
+    asm("" : "+x"(sum.lo), "+x"(sum.hi));  // in this order: any other needs more registers
+    return sum;
 }
 #else
 using ByteOperand = int16_t;  // as above
@@ -160,7 +181,8 @@ INLINE Ints dot_part(Ints sum, Ints weights, const ByteOperand* x) {
 struct Bytes {
     using Sum = Ints;
     static constexpr bool from_memory = true;
-    static constexpr int least_tokens = 1, most_tokens = 6;
+    static constexpr bool always = QUAD_PARTS == 1;  // no panel is better than the matrix itself
+    static constexpr int least_tokens = 1, most_tokens = always ? MICRO_TOKENS : DIRECT_TOKENS;
 
     template <int M, int C>
     INLINE void add(const char* quads, const ByteOperand* x, int64_t stride,
@@ -171,6 +193,23 @@ struct Bytes {
                 for (int m = 0; m < M; ++m)
                     sums[m][c] = dot_part(sums[m][c], weights, x + m * stride + 4 / QUAD_PARTS * i);
             }
+    }
+};
+
+// Weights from a panel of the parts of C chunks.
+struct WidenedBytes {
+    using Sum = Ints;
+    static constexpr bool from_memory = false;
+    static constexpr int least_tokens = 3, most_tokens = MICRO_TOKENS;
+
+    template <int M, int C>
+    INLINE void add(const char* quads, const ByteOperand* x, int64_t stride,
+                    Ints (&sums)[M][C]) const {
+        for (int i = 0; i < QUAD_PARTS; ++i, quads += C * 64)
+            for (int m = 0; m < M; ++m)
+                for (int c = 0; c < C; ++c)
+                    sums[m][c] = dot_part(sums[m][c], load_part(quads + c * 64),
+                                          x + m * stride + 4 / QUAD_PARTS * i);
     }
 };
 

@@ -16,20 +16,6 @@
 namespace roofline {
 namespace RL_ISA {
 
-constexpr int MAX_CHUNKS = 4;      // of 16 rows in a block
-constexpr int PANEL_COLUMNS = 128; // columns taken at a time, so that a panel stays in L1
-constexpr int TILE_TOKENS = 96;    // tokens whose totals a block keeps at hand
-constexpr int AHEAD = 2048;        // bytes of weights that are called for before their turn
-
-// Chunks whose sums registers hold besides: of 32 registers of sixteen floats, or 16 of eight.
-constexpr int chunks_at_once(int tokens) {
-#if defined(__AVX512F__)
-    return tokens ? MAX_CHUNKS : 0;
-#else
-    return tokens == 1 ? MAX_CHUNKS : tokens == 2 ? 2 : 1;
-#endif
-}
-
 // A block of a matrix: where it begins and how tall it is.
 struct Block {
     const char* values;
@@ -201,6 +187,17 @@ INLINE void widen_panel(const Weight& w, const Part& part, const char* quads, in
         }
 }
 
+// A part of some chunks as the parts of its quads: [columns / 4][parts][chunks][16].
+INLINE void widen_bytes(const Part& part, const char* quads, int height, int chunks, char* panel) {
+    for (int64_t k = 0; k < part.columns; k += 4, quads += height * 64)
+        for (int c = 0; c < chunks; ++c) {
+            __builtin_prefetch(quads + c * 64 + AHEAD);
+            for (int i = 0; i < QUAD_PARTS; ++i)
+                store_part(panel + ((k / 4 * QUAD_PARTS + i) * chunks + c) * 64,
+                           byte_part(quads + c * 64, i));
+        }
+}
+
 // Totals [tokens][chunks][16] of a block and at most TILE_TOKENS tokens with float activations.
 template <class X>
 static void multiply_floats(const Weight& w, const Block& block, int tokens, const X* x,
@@ -242,6 +239,7 @@ static void multiply_floats(const Weight& w, const Block& block, int tokens, con
 INLINE void multiply_int8(const Weight& w, const Block& block, int tokens, const Quantized& x,
                           int64_t first, float* totals) {
     alignas(64) ByteOperand room[std::is_same_v<ByteOperand, int8_t> ? 1 : TILE_TOKENS * PANEL_COLUMNS];
+    alignas(64) char panel[QUAD_PARTS > 1 ? PANEL_COLUMNS / 4 * QUAD_PARTS * chunks_at_once(MICRO_TOKENS) * 64 : 1];
     alignas(64) Ints kept[TILE_TOKENS * MAX_CHUNKS];
     const int height = int(block.chunks);
     const int most = chunks_at_once(tokens < MICRO_TOKENS ? tokens : MICRO_TOKENS);
@@ -251,10 +249,21 @@ INLINE void multiply_int8(const Weight& w, const Block& block, int tokens, const
         const auto rows = operand_rows<ByteOperand>(values, w.columns, tokens, part.columns, room);
         const int64_t at = first * groups + part.group;
         const Int8Scale scale{block.scales + part.group * height * LANES, x.scales + at, x.sums + at, groups};
-        const Tile<Bytes, Int8Scale, ByteOperand> tile{{}, scale, rows, tokens, height, kept, totals};
         const char* quads = block.values + part.begin / 4 * height * 64;
-        for (int c = 0; c < height; c += most)
-            tile.run(part, quads + c * 64, height * 64, c, height - c < most ? height - c : most);
+        const auto run = [&](const auto& products, const char* from, int64_t step, int c, int chunks) {
+            using Products = std::decay_t<decltype(products)>;
+            const Tile<Products, Int8Scale, ByteOperand> tile{products, scale, rows, tokens, height, kept, totals};
+            tile.run(part, from, step, c, chunks);
+        };
+        for (int c = 0; c < height; c += most, quads += most * 64) {
+            const int chunks = height - c < most ? height - c : most;
+            if (Bytes::always || tokens <= DIRECT_TOKENS) {
+                run(Bytes{}, quads, height * 64, c, chunks);
+            } else if constexpr (QUAD_PARTS > 1) {
+                widen_bytes(part, quads, height, chunks, panel);
+                run(WidenedBytes{}, panel, QUAD_PARTS * chunks * 64, c, chunks);
+            }
+        }
     });
 }
 

@@ -37,22 +37,21 @@ constexpr int DOT_SUMS = 3;
 #endif
 constexpr int DOT_TASKS = 64;
 
-// For all the compiler knows, what `p` points to is something else now.
-INLINE void forget(void* p) { asm volatile("" : : "r"(p) : "memory"); }
-
 template <class X>
 static void dot_floats(const void* arguments, Team& team) {
     const Measure& a = *static_cast<const Measure*>(arguments);
     using P = Panel<X>;
     team.run(DOT_TASKS, 1, [&](int64_t i) {
-        alignas(64) typename P::Item weights[P::step * LANES] = {};
-        typename P::Operand x[2] = {};
+        alignas(64) const typename P::Item weights[P::step * LANES] = {};
+        const typename P::Operand x[2] = {};
+        const typename P::Item* volatile from = weights;  // for all the compiler knows, each time
+        const typename P::Operand* volatile by = x;       // another
         Vec sums[DOT_SUMS];
-        for (Vec& sum : sums) sum = fill(float(i));
-        for (int64_t k = 0; k < a.count; k += DOT_SUMS * P::step * LANES) {
-            forget(weights), forget(x);
-            const auto multiplier = P::multiplier(x);
-            for (Vec& sum : sums) sum = P::multiply(weights, multiplier, sum);
+        for (int s = 0; s < DOT_SUMS; ++s) sums[s] = fill(float(i));
+        for (int64_t k = 0, count = a.count; k < count; k += DOT_SUMS * P::step * LANES) {
+            const typename P::Item* now = from;
+            const auto multiplier = P::multiplier(by);
+            for (int s = 0; s < DOT_SUMS; ++s) sums[s] = P::multiply(now, multiplier, sums[s]);
         }
         for (int s = 1; s < DOT_SUMS; ++s) sums[0] = sums[0] + sums[s];
         a.sink[i] = sum_lanes(sums[0]);
@@ -62,14 +61,16 @@ static void dot_floats(const void* arguments, Team& team) {
 static void dot_int8(const void* arguments, Team& team) {
     const Measure& a = *static_cast<const Measure*>(arguments);
     team.run(DOT_TASKS, 1, [&](int64_t i) {
-        alignas(64) char weights[64] = {};
-        ByteOperand x[4] = {};
+        alignas(64) const char weights[64] = {};
+        const ByteOperand x[4 * DOT_SUMS] = {};  // one for all would be multiplied once for all
+        const char* volatile from = weights;
+        const ByteOperand* volatile by = x;
         Ints sums[DOT_SUMS];
-        for (Ints& sum : sums) sum = fill_ints(int32_t(i));
-        for (int64_t k = 0; k < a.count; k += DOT_SUMS * 64 / QUAD_PARTS) {
-            forget(weights), forget(x);
-            const auto part = byte_part(weights, QUAD_PARTS - 1);
-            for (Ints& sum : sums) sum = dot_part(sum, part, x);
+        for (int s = 0; s < DOT_SUMS; ++s) sums[s] = fill_ints(int32_t(i));
+        for (int64_t k = 0, count = a.count; k < count; k += DOT_SUMS * 64 / QUAD_PARTS) {
+            const auto part = load_part(from);
+            const ByteOperand* now = by;
+            for (int s = 0; s < DOT_SUMS; ++s) sums[s] = dot_part(sums[s], part, now + 4 * s);
         }
         for (int s = 1; s < DOT_SUMS; ++s) sums[0] = sums[0] + sums[s];
         a.sink[i] = sum_lanes(to_floats(sums[0]));
