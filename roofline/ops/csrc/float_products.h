@@ -36,12 +36,14 @@ struct Panel {
     template <int M, int C>
     static INLINE void add(const char* quads, int64_t kind, bool, const Operand* x, int64_t stride,
                            Vec (&sums)[M][C]) {
-        for (int c = 0; c < C; ++c, quads += 64 * item_bytes(kind))
-            for (int i = 0; i < 4; ++i) {
-                const Vec weights = column(quads, kind, i);
-                for (int m = 0; m < M; ++m)
+        unroll<C>([&](auto c) INLINED {
+            unroll<4>([&](auto i) INLINED {
+                const Vec weights = column(quads + c * 64 * item_bytes(kind), kind, i);
+                unroll<M>([&](auto m) INLINED {
                     sums[m][c] = fma(weights, fill(x[m * stride + i]), sums[m][c]);
-            }
+                });
+            });
+        });
     }
 
   private:
@@ -99,14 +101,16 @@ struct Panel<uint16_t> {
     template <int M, int C>
     static INLINE void add(const char* quads, int64_t kind, bool extremes, const Operand* x,
                            int64_t stride, Vec (&sums)[M][C]) {
-        for (int c = 0; c < C; ++c, quads += 64 * item_bytes(kind)) {
+        unroll<C>([&](auto c) INLINED {
             __m512i pairs[2];
-            widen_pairs(quads, kind, extremes, pairs);
-            for (int i = 0; i < 2; ++i)
-                for (int m = 0; m < M; ++m)
-                    sums[m][c].v = _mm512_dpbf16_ps(sums[m][c].v, Pair(pairs[i]),
-                                                    multiplier(x + m * stride + 2 * i));
-        }
+            widen_pairs(quads + c * 64 * item_bytes(kind), kind, extremes, pairs);
+            unroll<2>([&](auto i) INLINED {
+                unroll<M>([&](auto m) INLINED {
+                    const Pair by = multiplier(x + m * stride + 2 * i);
+                    sums[m][c].v = _mm512_dpbf16_ps(sums[m][c].v, Pair(pairs[i]), by);
+                });
+            });
+        });
     }
 
   private:
@@ -190,12 +194,15 @@ struct Widened {
     INLINE void add(const char* quads, const typename P::Operand* x, int64_t stride,
                     Vec (&sums)[M][C]) const {
         const typename P::Item* weights = reinterpret_cast<const typename P::Item*>(quads);
-        for (int i = 0; i < 4; i += P::step, weights += P::step * C * LANES)
-            for (int m = 0; m < M; ++m) {
-                const auto multiplier = P::multiplier(x + m * stride + i);
-                for (int c = 0; c < C; ++c)
-                    sums[m][c] = P::multiply(weights + P::step * c * LANES, multiplier, sums[m][c]);
-            }
+        unroll<4 / P::step>([&](auto i) INLINED {
+            unroll<M>([&](auto m) INLINED {
+                const auto multiplier = P::multiplier(x + m * stride + i * P::step);
+                unroll<C>([&](auto c) INLINED {
+                    const typename P::Item* column = weights + P::step * (i * C + c) * LANES;
+                    sums[m][c] = P::multiply(column, multiplier, sums[m][c]);
+                });
+            });
+        });
     }
 };
 

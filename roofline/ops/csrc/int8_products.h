@@ -187,12 +187,14 @@ struct Bytes {
     template <int M, int C>
     INLINE void add(const char* quads, const ByteOperand* x, int64_t stride,
                     Ints (&sums)[M][C]) const {
-        for (int c = 0; c < C; ++c, quads += 64)
-            for (int i = 0; i < QUAD_PARTS; ++i) {
-                const auto weights = byte_part(quads, i);
-                for (int m = 0; m < M; ++m)
+        unroll<C>([&](auto c) INLINED {
+            unroll<QUAD_PARTS>([&](auto i) INLINED {
+                const auto weights = byte_part(quads + 64 * c, i);
+                unroll<M>([&](auto m) INLINED {
                     sums[m][c] = dot_part(sums[m][c], weights, x + m * stride + 4 / QUAD_PARTS * i);
-            }
+                });
+            });
+        });
     }
 };
 
@@ -205,11 +207,14 @@ struct WidenedBytes {
     template <int M, int C>
     INLINE void add(const char* quads, const ByteOperand* x, int64_t stride,
                     Ints (&sums)[M][C]) const {
-        for (int i = 0; i < QUAD_PARTS; ++i, quads += C * 64)
-            for (int m = 0; m < M; ++m)
-                for (int c = 0; c < C; ++c)
-                    sums[m][c] = dot_part(sums[m][c], load_part(quads + c * 64),
+        unroll<QUAD_PARTS>([&](auto i) INLINED {
+            unroll<M>([&](auto m) INLINED {
+                unroll<C>([&](auto c) INLINED {
+                    sums[m][c] = dot_part(sums[m][c], load_part(quads + (i * C + c) * 64),
                                           x + m * stride + 4 / QUAD_PARTS * i);
+                });
+            });
+        });
     }
 };
 

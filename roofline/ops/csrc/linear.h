@@ -105,6 +105,9 @@ struct Int8Scale {
     }
 };
 
+INLINE Vec zero(Vec) { return fill(0.0f); }
+INLINE Ints zero(Ints) { return fill_ints(0); }
+
 // Activations of some tokens, as they are multiplied.
 template <class T>
 struct Rows {
@@ -140,25 +143,35 @@ struct Tile {
     __attribute__((noinline)) void micro(const Part& part, const char* quads, int64_t step, int chunk, int token) const {
         Sum sums[M][C];
         Sum* const keep = kept + token * height + chunk;
-        for (int m = 0; m < M; ++m)
-            for (int c = 0; c < C; ++c) sums[m][c] = part.starts ? Sum{} : keep[m * height + c];
+        const auto each = [&](auto&& visit) INLINED {
+            unroll<M>([&](auto m) INLINED { unroll<C>([&](auto c) INLINED { visit(m, c); }); });
+        };
+        each([&](auto m, auto c) INLINED { sums[m][c] = zero(Sum()); });
+        if (!part.starts)
+            each([&](auto m, auto c) INLINED { sums[m][c] = keep[m * height + c]; });
         const Operand* x = rows.x + token * rows.stride;
         for (int64_t k = 0; k < part.columns; k += 4, quads += step) {
             if constexpr (Products::from_memory)
-                for (int c = 0; c < C; ++c) __builtin_prefetch(quads + AHEAD + 64 * c);
+                unroll<C>([&](auto c) INLINED { __builtin_prefetch(quads + AHEAD + 64 * c); });
             products.template add<M, C>(quads, x + k, rows.stride, sums);
         }
+        if (!part.ends) {
+            each([&](auto m, auto c) INLINED { keep[m * height + c] = sums[m][c]; });
+            return;
+        }
         const Scale own = scale.from(token, chunk);
-        for (int m = 0; m < M; ++m)
-            for (int c = 0; c < C; ++c) {
-                float* total = totals + ((token + m) * height + chunk + c) * LANES;
-                if (part.ends)
-                    store(total, own.add(part.group ? load(total) : fill(0.0f), sums[m][c], m, c));
-                else
-                    keep[m * height + c] = sums[m][c];
-            }
+        each([&](auto m, auto c) INLINED {
+            float* total = totals + ((token + m) * height + chunk + c) * LANES;
+            const Vec so_far = part.group ? load(total) : fill(0.0f);
+            store(total, own.add(so_far, sums[m][c], m, c));
+        });
     }
 };
+
+// Operands of a token in that room: eight bytes more than it needs, so that the tokens of a tile lie
+// in different banks of L1.
+template <class Operand>
+constexpr int ROW_OPERANDS = PANEL_COLUMNS + int(8 / sizeof(Operand));
 
 // Columns of some tokens as operands, in `room` where they are not so in memory.
 template <class Operand, class X>
@@ -168,8 +181,8 @@ INLINE Rows<Operand> operand_rows(const X* x, int64_t stride, int tokens, int64_
         return {x, stride};
     } else {
         for (int t = 0; t < tokens; ++t)
-            to_operands(x + t * stride, columns, room + t * PANEL_COLUMNS);
-        return {room, PANEL_COLUMNS};
+            to_operands(x + t * stride, columns, room + t * ROW_OPERANDS<Operand>);
+        return {room, ROW_OPERANDS<Operand>};
     }
 }
 
@@ -204,7 +217,7 @@ static void multiply_floats(const Weight& w, const Block& block, int tokens, con
                             float* totals) {
     using P = Panel<X>;
     using Operand = typename P::Operand;
-    alignas(64) Operand room[std::is_same_v<Operand, X> ? 1 : TILE_TOKENS * PANEL_COLUMNS];
+    alignas(64) Operand room[std::is_same_v<Operand, X> ? 1 : TILE_TOKENS * ROW_OPERANDS<Operand>];
     alignas(64) typename P::Item panel[PANEL_COLUMNS * chunks_at_once(MICRO_TOKENS) * LANES];
     alignas(64) Vec kept[TILE_TOKENS * MAX_CHUNKS];
     const int height = int(block.chunks);
@@ -238,7 +251,7 @@ static void multiply_floats(const Weight& w, const Block& block, int tokens, con
 // The same with activations as INT8, from token `first` on.
 INLINE void multiply_int8(const Weight& w, const Block& block, int tokens, const Quantized& x,
                           int64_t first, float* totals) {
-    alignas(64) ByteOperand room[std::is_same_v<ByteOperand, int8_t> ? 1 : TILE_TOKENS * PANEL_COLUMNS];
+    alignas(64) ByteOperand room[std::is_same_v<ByteOperand, int8_t> ? 1 : TILE_TOKENS * ROW_OPERANDS<ByteOperand>];
     alignas(64) char panel[QUAD_PARTS > 1 ? PANEL_COLUMNS / 4 * QUAD_PARTS * chunks_at_once(MICRO_TOKENS) * 64 : 1];
     alignas(64) Ints kept[TILE_TOKENS * MAX_CHUNKS];
     const int height = int(block.chunks);

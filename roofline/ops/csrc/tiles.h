@@ -1,6 +1,13 @@
 // How large the pieces are that a product is made in. Included once per ISA.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
+#include "vec.h"
+
+#define INLINED __attribute__((always_inline))  // of a lambda
+
 namespace roofline {
 namespace RL_ISA {
 
@@ -18,6 +25,14 @@ constexpr int chunks_at_once(int tokens) {
 #else
     return tokens == 1 ? MAX_CHUNKS : tokens == 2 ? 2 : 1;
 #endif
+}
+
+// Call visit with the constants 0 to N - 1: no loop is left, so that an array of sums is registers.
+template <int N, class Visit>
+INLINE void unroll(Visit&& visit) {
+    [&]<int... I>(std::integer_sequence<int, I...>) INLINED {
+        (visit(std::integral_constant<int, I>{}), ...);
+    }(std::make_integer_sequence<int, N>{});
 }
 
 }  // namespace RL_ISA
