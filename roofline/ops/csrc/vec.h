@@ -1,4 +1,4 @@
-// Sixteen floats, whatever the instruction set: the only file that knows intrinsics.
+// Sixteen floats, whatever the instruction set; integers and bfloat16 pairs are in *_products.h.
 //
 // Included once per ISA inside that ISA's namespace. Every function means the same everywhere except
 // that `fma` is fused where the machine can. Sums over lanes have one fixed order.
