@@ -26,8 +26,9 @@ from roofline.ops.cpu.packing import pack
 HIDDEN, HEADS, KV_HEADS, DIM, CHANNELS = 576, 9, 3, 64, 1536
 GROUP, BLOCK_TOKENS, CONTEXT = 128, 16, 512
 LAYERS = 40  # copies of each matrix: 3 to 80 MB, so that none stays in a cache
-READ_BYTES, DOT_STEPS = 1 << 28, 100_000
-LANE_PRODUCTS = {"float32": 16, "bfloat16": 32, "int8": 64}  # of one dot step
+READ_BYTES, DOT_TASKS, TASK_PRODUCTS = 1 << 28, 64, 20_000_000  # tasks as in csrc/peaks.h
+DOTS = {"float32": (abi.DOT_ACTIVATIONS, False), "bfloat16": (abi.DOT_ACTIVATIONS, True),
+        "int8": (abi.DOT_INT8, False)}  # op, and whether activations are bfloat16  # fmt: skip
 TOKENS = (1, 16, 512)
 LINE = (
     "{activations:9} {kernel:20} {tokens:4} tokens {us:9.1f} us {gb_s:6.1f} GB/s "
@@ -48,7 +49,7 @@ def main() -> None:
     bench = Bench(library, arguments.threads, arguments.rounds)
     peaks = bench.peaks()
     print(f"{library.isa_name}, {arguments.threads} threads: read {peaks['read_gb_s']:.1f} GB/s, "
-          + ", ".join(f"{k} {peaks[f'{k}_gmac_s']:.0f} GMAC/s" for k in LANE_PRODUCTS))  # fmt: skip
+          + ", ".join(f"{k} {peaks[f'{k}_gmac_s']:.0f} GMAC/s" for k in DOTS))  # fmt: skip
     rows = [
         row for activations in ("bfloat16", "int8") for row in bench.kernels(activations, peaks)
     ]
@@ -77,10 +78,9 @@ class Bench:
             return work / min(self._times(lambda: run(self._pool.handle, *place))) / 1e9
 
         found = {"read_gb_s": rate(abi.READ_MEMORY, READ_BYTES, READ_BYTES, bfloat16=False)}
-        for kind, products in LANE_PRODUCTS.items():
-            op = abi.DOT_INT8 if kind == "int8" else abi.DOT_ACTIVATIONS
-            work = 64 * 12 * DOT_STEPS * products
-            found[f"{kind}_gmac_s"] = rate(op, DOT_STEPS, work, bfloat16=kind == "bfloat16")
+        for kind, (op, bfloat16) in DOTS.items():
+            work = DOT_TASKS * TASK_PRODUCTS
+            found[f"{kind}_gmac_s"] = rate(op, TASK_PRODUCTS, work, bfloat16=bfloat16)
         return found
 
     def kernels(self, activations: str, peaks: dict[str, float]) -> list[dict[str, object]]:
@@ -89,9 +89,14 @@ class Bench:
         rows: list[dict[str, object]] = []
         for tokens in TOKENS:
             for name, (run, size, products) in self._cases(ops, activations, tokens).items():
-                seconds = self._seconds(run)
-                peak = peaks[f"{'bfloat16' if name == 'attention' else activations}_gmac_s"]
-                roof = max(size / peaks["read_gb_s"], products / peak) / 1e9
+                with ops.record(run) as tape:  # as the engine runs them
+                    run()
+                ops.set_sizes(tokens, sampled=1, rows=1)
+                seconds = statistics.median(self._times(tape.play))
+                # attention multiplies values in float32, linears as they are told
+                kinds = ("bfloat16", "float32") if name == "attention" else (activations,)
+                work = sum(products / len(kinds) / peaks[f"{kind}_gmac_s"] for kind in kinds)
+                roof = max(size / peaks["read_gb_s"], work) / 1e9
                 rows.append({
                     "activations": activations, "kernel": name, "tokens": tokens,
                     "us": seconds * 1e6, "gb_s": size / seconds / 1e9,
@@ -107,7 +112,7 @@ class Bench:
         residual, delta = torch.randn(tokens, HIDDEN), torch.zeros(tokens, HIDDEN)
         norm, query = torch.ones(HIDDEN), torch.randn(tokens, HEADS, DIM).to(dtype)
         activated = torch.randn(tokens, CHANNELS).to(dtype)
-        logits = torch.empty(1, 49152)
+        logits, sampled = torch.empty(1, 49152), torch.zeros(1, dtype=torch.int64)
         inputs, kv_pool = _inputs(tokens)
         rope = torch.zeros(2, CONTEXT, DIM // 2)
 
@@ -139,16 +144,13 @@ class Bench:
                 residual, delta, norm, 1e-5, w, activated), paired=True),
             "linear (down)": case(HIDDEN, CHANNELS, lambda w: ops.linear(activated, w, out)),
             "norm_head": case(49152, HIDDEN, lambda w: ops.norm_head(
-                residual, delta, torch.tensor([0]), norm, 1e-5, w, logits), copies=4, width=1),
+                residual, delta, sampled, norm, 1e-5, w, logits), copies=4, width=1),
         }  # fmt: skip
 
     def _weight(self, rows: int, columns: int, activations: str, paired: bool) -> PackedWeight:
         values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
         weight = Int8Weight(values, torch.rand(rows, -(-columns // GROUP)) / 100, GROUP, 0)
         return pack(self._library, weight, paired=paired, int8_activations=activations == "int8")
-
-    def _seconds(self, run: Callable[[], None]) -> float:
-        return statistics.median(self._times(run))
 
     def _times(self, run: Callable[[], None]) -> list[float]:
         """Seconds of each round, after one that is not counted."""

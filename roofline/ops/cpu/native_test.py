@@ -21,7 +21,7 @@ from roofline.ops.reference import ReferenceOps
 from tests.native_library import ISAS, open_native
 
 TOKENS = 200
-BATCHES = [range(n) for n in (1, 2, 3, 4, 5, 6, 7, 16, 97)]  # and some in any order
+BATCHES = [range(n) for n in (1, 2, 3, 4, 5, 6, 7, 16, 17, 97)]  # and some in any order
 EPS = 1e-5
 
 

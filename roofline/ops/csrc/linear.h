@@ -5,18 +5,16 @@
 // order, so a token's bits do not depend on how many others there are. Included once per ISA.
 #pragma once
 
+#include <type_traits>
+
 #include "abi.h"
+#include "float_products.h"
+#include "int8_products.h"
 #include "team.h"
 #include "vec.h"
 
 namespace roofline {
 namespace RL_ISA {
-
-constexpr int MAX_CHUNKS = 4;      // of 16 rows in a block
-constexpr int PANEL_COLUMNS = 128; // columns widened at a time, so that a panel stays in L1
-constexpr int TILE_TOKENS = 96;    // tokens whose totals a block keeps at hand
-constexpr int DIRECT_TOKENS = 4;   // up to here weights go from memory through registers only
-constexpr int MICRO_TOKENS = 6;
 
 // A block of a matrix: where it begins and how tall it is.
 struct Block {
@@ -29,7 +27,6 @@ struct Block {
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t padded_columns(const Weight& w) { return ceil_div(w.columns, 4) * 4; }
 INLINE bool is_int8(const Weight& w) { return w.kind == INT8 || w.kind == OFFSET_INT8; }
-INLINE int64_t item_bytes(int64_t kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
 INLINE int64_t group_count(const Weight& w) {
     return is_int8(w) ? ceil_div(w.columns + w.offset, w.group) : 1;
 }
@@ -53,347 +50,234 @@ INLINE void group_columns(const Weight& w, int64_t group, int64_t& begin, int64_
     if (next < w.columns) end = next;
 }
 
-// How weights meet activations. A panel is [columns][chunks][16] (bfloat16: [columns / 2][chunks]
-// [16][2]); `step` columns of it are multiplied by one `Multiplier`.
-#if defined(__AVX512BF16__)
-#define RL_BF16_DOT 1
-#endif
-
-template <class X>
-struct Panel {  // float32 arithmetic
-    using Item = float;
-    static constexpr int step = 1;
-    static INLINE Vec multiplier(const float* x) { return fill(*x); }
-    static INLINE Vec multiplier(const uint16_t* x) { return fill(bf16_to_float(*x)); }
-    static INLINE Vec multiply(const Item* weights, Vec x, Vec sum) {
-        return fma(load(weights), x, sum);
-    }
-    // Four columns of one chunk: out is [4], `stride` items apart.
-    static INLINE void widen(const void* quad, int64_t kind, bool, Item* out, int64_t stride) {
-        Vec columns[4];
-        widen_columns(quad, kind, columns);
-        for (int i = 0; i < 4; ++i) store(out + i * stride, columns[i]);
-    }
-    static INLINE void widen_columns(const void* quad, int64_t kind, Vec columns[4]) {
-        if (kind == INT8) {
-            quad_to_floats(static_cast<const int8_t*>(quad), columns);
-        } else if (kind == BFLOAT16) {
-            pair_to_floats(static_cast<const uint16_t*>(quad), columns);
-            pair_to_floats(static_cast<const uint16_t*>(quad) + 32, columns + 2);
-        } else {
-            for (int i = 0; i < 4; ++i)
-                columns[i] = load(static_cast<const float*>(quad) + LANES * i);
-        }
-    }
-    template <int M, int C>
-    static INLINE void direct(const void* quads, int64_t kind, bool, const X* x, int64_t stride,
-                              Vec (&sums)[M][C]) {
-        const int64_t bytes = 64 * item_bytes(kind);
-        for (int c = 0; c < C; ++c) {
-            Vec columns[4];
-            widen_columns(static_cast<const char*>(quads) + c * bytes, kind, columns);
-            for (int i = 0; i < 4; ++i)
-                for (int m = 0; m < M; ++m)
-                    sums[m][c] = fma(columns[i], multiplier(x + m * stride + i), sums[m][c]);
-        }
-    }
+// Columns of one group, as many as are taken at a time.
+struct Part {
+    int64_t group, begin, columns;
+    bool starts, ends;  // its group
 };
 
-#ifdef RL_BF16_DOT
-// The two bytes of |q| as bfloat16, and how to lay the bytes of [16 rows][4 columns] out as pairs.
-struct Bf16Tables {
-    alignas(64) uint8_t low[128]{}, high[128]{}, pairs[2][64]{};
-    constexpr Bf16Tables() {
-        for (int q = 1; q < 128; ++q) {
-            int exponent = 0;
-            while (q >> (exponent + 1)) ++exponent;
-            const int bits = (127 + exponent) << 7 | ((q << (7 - exponent)) & 0x7f);
-            low[q] = uint8_t(bits);
-            high[q] = uint8_t(bits >> 8);
-        }
-        for (int half = 0; half < 2; ++half)
-            for (int row = 0; row < LANES; ++row)
-                for (int i = 0; i < 2; ++i) {  // 64 and up: from the high bytes
-                    pairs[half][4 * row + 2 * i] = uint8_t(4 * row + 2 * half + i);
-                    pairs[half][4 * row + 2 * i + 1] = uint8_t(64 + 4 * row + 2 * half + i);
-                }
-    }
-};
-static constexpr Bf16Tables TABLES;
-
-template <>
-struct Panel<uint16_t> {  // pairs of bfloat16 products, summed in float32 by VDPBF16PS
-    using Item = uint16_t;
-    static constexpr int step = 2;
-    using Pair = __m512bh;
-    static INLINE Pair multiplier(const uint16_t* x) {
-        int pair;
-        std::memcpy(&pair, x, 4);
-        return Pair(_mm512_set1_epi32(pair));
-    }
-    static INLINE Vec multiply(const Item* weights, Pair x, Vec sum) {
-        return {_mm512_dpbf16_ps(sum.v, Pair(_mm512_loadu_si512(weights)), x)};
-    }
-    static INLINE void widen_pairs(const void* quad, int64_t kind, bool extremes, __m512i pairs[2]) {
-        if (kind == BFLOAT16) {
-            pairs[0] = _mm512_loadu_si512(quad);
-            pairs[1] = _mm512_loadu_si512(static_cast<const char*>(quad) + 64);
-            return;
-        }
-        const __m512i raw = _mm512_loadu_si512(quad);
-        if (extremes) {  // -128 has no place in the tables
-            const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
-            Vec f[4];
-            quad_to_floats(static_cast<const int8_t*>(quad), f);
-            for (int i = 0; i < 2; ++i) {
-                const __m512i even = _mm512_castps_si512(f[2 * i].v);
-                const __m512i odd = _mm512_castps_si512(f[2 * i + 1].v);
-                pairs[i] = _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, upper));
-            }
-            return;
-        }
-        const __m512i size = _mm512_abs_epi8(raw);
-        const __m512i low = _mm512_permutex2var_epi8(table(TABLES.low), size, table(TABLES.low + 64));
-        __m512i high = _mm512_permutex2var_epi8(table(TABLES.high), size, table(TABLES.high + 64));
-        const __m512i sign = _mm512_set1_epi8(char(0x80));
-        high = _mm512_ternarylogic_epi32(high, raw, sign, 0xf8);  // high | (raw & sign)
-        pairs[0] = _mm512_permutex2var_epi8(low, table(TABLES.pairs[0]), high);
-        pairs[1] = _mm512_permutex2var_epi8(low, table(TABLES.pairs[1]), high);
-    }
-    static INLINE __m512i table(const uint8_t* bytes) { return _mm512_load_si512(bytes); }
-    static INLINE void widen(const void* quad, int64_t kind, bool extremes, Item* out,
-                             int64_t stride) {
-        __m512i pairs[2];
-        widen_pairs(quad, kind, extremes, pairs);
-        _mm512_storeu_si512(out, pairs[0]);
-        _mm512_storeu_si512(out + 2 * stride, pairs[1]);
-    }
-    template <int M, int C>
-    static INLINE void direct(const void* quads, int64_t kind, bool extremes, const uint16_t* x,
-                              int64_t stride, Vec (&sums)[M][C]) {
-        const int64_t bytes = 64 * item_bytes(kind);
-        for (int c = 0; c < C; ++c) {
-            __m512i pairs[2];
-            widen_pairs(static_cast<const char*>(quads) + c * bytes, kind, extremes, pairs);
-            for (int i = 0; i < 2; ++i)
-                for (int m = 0; m < M; ++m)
-                    sums[m][c].v = _mm512_dpbf16_ps(sums[m][c].v, Pair(pairs[i]),
-                                                    multiplier(x + m * stride + 2 * i));
-        }
-    }
-};
-#endif
-
-// Totals of M tokens and C chunks straight from the packed matrix.
-template <class X, int M, int C>
-static void multiply_direct(const Weight& w, const Block& block, const X* x, int64_t stride,
-                            float* totals) {
-    Vec total[M][C];
-    for (int m = 0; m < M; ++m)
-        for (int c = 0; c < C; ++c) total[m][c] = fill(0.0f);
-    const int64_t groups = group_count(w), quad = C * 64 * item_bytes(w.kind);
-    const bool extremes = w.extremes != 0;
-    for (int64_t g = 0; g < groups; ++g) {
-        int64_t begin, end;
-        group_columns(w, g, begin, end);
-        Vec sums[M][C];
-        for (int m = 0; m < M; ++m)
-            for (int c = 0; c < C; ++c) sums[m][c] = fill(0.0f);
-        const char* weights = block.values + begin / 4 * quad;
-        if (w.kind == INT8 && !extremes) {
-            for (int64_t k = begin; k < end; k += 4, weights += quad) {
-                __builtin_prefetch(weights + 2048);
-                if (C > 1) __builtin_prefetch(weights + 2048 + 64);
-                if (C > 2) __builtin_prefetch(weights + 2048 + 128);
-                if (C > 3) __builtin_prefetch(weights + 2048 + 192);
-                Panel<X>::template direct<M, C>(weights, INT8, false, x + k, stride, sums);
-            }
-        } else {
-            for (int64_t k = begin; k < end; k += 4, weights += quad)
-                Panel<X>::template direct<M, C>(weights, w.kind, extremes, x + k, stride, sums);
-        }
-        for (int c = 0; c < C; ++c) {
-            if (w.kind != INT8) {
-                for (int m = 0; m < M; ++m) total[m][c] = sums[m][c];
-                continue;
-            }
-            const Vec scale = load(block.scales + (g * C + c) * LANES);
-            for (int m = 0; m < M; ++m) total[m][c] = fma(sums[m][c], scale, total[m][c]);
-        }
-    }
-    for (int m = 0; m < M; ++m)
-        for (int c = 0; c < C; ++c) store(totals + m * C * LANES + c * LANES, total[m][c]);
-}
-
-// Add the columns of a panel to the sums of M tokens; `sums` is [M][C][16].
-template <class X, int M, int C>
-static void multiply_panel(const typename Panel<X>::Item* panel, int64_t columns, const X* x,
-                           int64_t stride, bool fresh, float* sums) {
-    using P = Panel<X>;
-    Vec sum[M][C];
-    for (int m = 0; m < M; ++m)
-        for (int c = 0; c < C; ++c)
-            sum[m][c] = fresh ? fill(0.0f) : load(sums + (m * C + c) * LANES);
-    for (int64_t k = 0; k < columns; k += P::step, panel += P::step * C * LANES)
-        for (int m = 0; m < M; ++m) {
-            const auto multiplier = P::multiplier(x + m * stride + k);
-            for (int c = 0; c < C; ++c)
-                sum[m][c] = P::multiply(panel + P::step * c * LANES, multiplier, sum[m][c]);
-        }
-    for (int m = 0; m < M; ++m)
-        for (int c = 0; c < C; ++c) store(sums + (m * C + c) * LANES, sum[m][c]);
-}
-
-template <class X, int C>
-static void multiply_panel_tokens(int tokens, const typename Panel<X>::Item* panel, int64_t columns,
-                                  const X* x, int64_t stride, bool fresh, float* sums) {
-    switch (tokens) {
-        case 1: return multiply_panel<X, 1, C>(panel, columns, x, stride, fresh, sums);
-        case 2: return multiply_panel<X, 2, C>(panel, columns, x, stride, fresh, sums);
-        case 3: return multiply_panel<X, 3, C>(panel, columns, x, stride, fresh, sums);
-        case 4: return multiply_panel<X, 4, C>(panel, columns, x, stride, fresh, sums);
-        case 5: return multiply_panel<X, 5, C>(panel, columns, x, stride, fresh, sums);
-        default: return multiply_panel<X, 6, C>(panel, columns, x, stride, fresh, sums);
-    }
-}
-
-// Totals of up to TILE_TOKENS tokens, through panels of widened weights.
-template <class X, int C>
-static void multiply_tile(const Weight& w, const Block& block, int tokens, const X* x,
-                          int64_t stride, float* totals) {
-    using P = Panel<X>;
-    alignas(64) typename P::Item panel[PANEL_COLUMNS * C * LANES];
-    alignas(64) float sums[TILE_TOKENS * C * LANES];
-    for (int i = 0; i < tokens * C * LANES; i += LANES) store(totals + i, fill(0.0f));
-    const int64_t groups = group_count(w), quad = 64 * item_bytes(w.kind);
-    for (int64_t g = 0; g < groups; ++g) {
+template <class Visit>
+INLINE void each_part(const Weight& w, Visit&& visit) {
+    for (int64_t g = 0; g < group_count(w); ++g) {
         int64_t begin, end;
         group_columns(w, g, begin, end);
         for (int64_t k = begin; k < end; k += PANEL_COLUMNS) {
             const int64_t columns = end - k < PANEL_COLUMNS ? end - k : PANEL_COLUMNS;
-            const char* weights = block.values + k / 4 * C * quad;
-            for (int64_t q = 0; q < columns; q += 4)
-                for (int c = 0; c < C; ++c, weights += quad)
-                    P::widen(weights, w.kind, w.extremes != 0,
-                             panel + q * C * LANES + P::step * c * LANES, C * LANES);
-            for (int t = 0; t < tokens; t += MICRO_TOKENS)
-                multiply_panel_tokens<X, C>(tokens - t, panel, columns, x + t * stride + k, stride,
-                                            k == begin, sums + t * C * LANES);
+            visit(Part{g, k, columns, k == begin, k + columns == end});
         }
-        for (int t = 0; t < tokens; ++t)
-            for (int c = 0; c < C; ++c) {
-                float* total = totals + (t * C + c) * LANES;
-                const Vec sum = load(sums + (t * C + c) * LANES);
-                if (w.kind != INT8) {
-                    store(total, sum);
-                    continue;
-                }
-                const Vec scale = load(block.scales + (g * C + c) * LANES);
-                store(total, fma(sum, scale, load(total)));
-            }
     }
 }
 
-template <class X, int C>
-static void multiply_chunks(const Weight& w, const Block& block, int tokens, const X* x,
-                            int64_t stride, float* totals) {
-    switch (tokens) {
-        case 1: return multiply_direct<X, 1, C>(w, block, x, stride, totals);
-        case 2: return multiply_direct<X, 2, C>(w, block, x, stride, totals);
-        case 3: return multiply_direct<X, 3, C>(w, block, x, stride, totals);
-        case 4: return multiply_direct<X, 4, C>(w, block, x, stride, totals);
-        default: return multiply_tile<X, C>(w, block, tokens, x, stride, totals);
-    }
+// Call visit with n as a constant, LEAST <= n <= MOST.
+template <int LEAST, int MOST, class Visit>
+INLINE void as_constant(int n, Visit&& visit) {
+    if constexpr (LEAST < MOST)
+        if (n < MOST) return as_constant<LEAST, MOST - 1>(n, visit);
+    visit(std::integral_constant<int, MOST>{});
 }
 
-// Tokens as INT8: for each group of columns a scale, max |x| / 127, and the sum of its values.
-struct Quantized {
-    int8_t* values;  // [T, K]
-    float* scales;   // [T, groups]
-    int32_t* sums;   // [T, groups]
+// How a group's sums go onto totals: times the scales of its rows, [chunks][16]; as they are, where
+// weights are floats.
+struct FloatScale {
+    const float* rows;
+
+    INLINE FloatScale from(int, int chunk) const {
+        return {rows ? rows + chunk * LANES : nullptr};
+    }
+    INLINE Vec add(Vec total, Vec sum, int, int c) const {
+        return rows ? fma(sum, load(rows + c * LANES), total) : sum;
+    }
 };
 
-INLINE Quantized quantized_at(void* room, int64_t tokens, const Weight& w) {
-    const int64_t groups = group_count(w);
-    float* scales = static_cast<float*>(room);
-    int32_t* sums = reinterpret_cast<int32_t*>(scales + tokens * groups);
-    return {reinterpret_cast<int8_t*>(sums + tokens * groups), scales, sums};
+// The same with a scale and a sum of each token, `groups` apart.
+struct Int8Scale {
+    const float* rows;
+    const float* tokens;
+    const int32_t* sums;
+    int64_t groups;
+
+    INLINE Int8Scale from(int token, int chunk) const {
+        return {rows + chunk * LANES, tokens + token * groups, sums + token * groups, groups};
+    }
+    INLINE Vec add(Vec total, Ints sum, int m, int c) const {
+        const Vec both = load(rows + c * LANES) * fill(tokens[m * groups]);
+        return fma(to_floats(sum + fill_ints(-128 * sums[m * groups])), both, total);
+    }
+};
+
+INLINE Vec zero(Vec) { return fill(0.0f); }
+INLINE Ints zero(Ints) { return fill_ints(0); }
+
+// Activations of some tokens, as they are multiplied.
+template <class T>
+struct Rows {
+    const T* x;
+    int64_t stride;
+};
+
+// One part of a block times a tile of tokens. `Products` says how four columns are multiplied.
+template <class Products, class Scale, class Operand>
+struct Tile {
+    using Sum = typename Products::Sum;
+    Products products;
+    Scale scale;
+    Rows<Operand> rows;
+    int tokens, height;  // chunks of the block
+    Sum* kept;           // [tokens][height], of a group that goes on
+    float* totals;       // [tokens][height][16]
+
+    // Chunks [first, first + chunks), whose quads of columns lie `step` bytes apart.
+    INLINE void run(const Part& part, const char* quads, int64_t step, int first, int chunks) const {
+        for (int t = 0, left = (tokens + MICRO_TOKENS - 1) / MICRO_TOKENS; left; --left) {
+            const int count = (tokens - t + left - 1) / left;  // tiles of about the same size
+            as_constant<Products::least_tokens, Products::most_tokens>(count, [&](auto m) {
+                as_constant<1, chunks_at_once(m)>(chunks, [&](auto c) {
+                    micro<m, c>(part, quads, step, first, t);
+                });
+            });
+            t += count;
+        }
+    }
+
+    template <int M, int C>
+    __attribute__((noinline)) void micro(const Part& part, const char* quads, int64_t step, int chunk, int token) const {
+        Sum sums[M][C];
+        Sum* const keep = kept + token * height + chunk;
+        const auto each = [&](auto&& visit) INLINED {
+            unroll<M>([&](auto m) INLINED { unroll<C>([&](auto c) INLINED { visit(m, c); }); });
+        };
+        each([&](auto m, auto c) INLINED { sums[m][c] = zero(Sum()); });
+        if (!part.starts)
+            each([&](auto m, auto c) INLINED { sums[m][c] = keep[m * height + c]; });
+        const Operand* x = rows.x + token * rows.stride;
+        for (int64_t k = 0; k < part.columns; k += 4, quads += step) {
+            if constexpr (Products::from_memory)
+                unroll<C>([&](auto c) INLINED { __builtin_prefetch(quads + AHEAD + 64 * c); });
+            products.template add<M, C>(quads, x + k, rows.stride, sums);
+        }
+        if (!part.ends) {
+            each([&](auto m, auto c) INLINED { keep[m * height + c] = sums[m][c]; });
+            return;
+        }
+        const Scale own = scale.from(token, chunk);
+        each([&](auto m, auto c) INLINED {
+            float* total = totals + ((token + m) * height + chunk + c) * LANES;
+            const Vec so_far = part.group ? load(total) : fill(0.0f);
+            store(total, own.add(so_far, sums[m][c], m, c));
+        });
+    }
+};
+
+// Operands of a token in that room: eight bytes more than it needs, so that the tokens of a tile lie
+// in different banks of L1.
+template <class Operand>
+constexpr int ROW_OPERANDS = PANEL_COLUMNS + int(8 / sizeof(Operand));
+
+// Columns of some tokens as operands, in `room` where they are not so in memory.
+template <class Operand, class X>
+INLINE Rows<Operand> operand_rows(const X* x, int64_t stride, int tokens, int64_t columns,
+                                  Operand* room) {
+    if constexpr (std::is_same_v<Operand, X>) {
+        return {x, stride};
+    } else {
+        for (int t = 0; t < tokens; ++t)
+            to_operands(x + t * stride, columns, room + t * ROW_OPERANDS<Operand>);
+        return {room, ROW_OPERANDS<Operand>};
+    }
 }
 
+// A part of some chunks widened: [columns][chunks][16].
 template <class X>
-static void quantize(const Weight& w, const X* x, int8_t* values, float* scales, int32_t* sums) {
-    const auto at = [&](int64_t k) {
-        if constexpr (sizeof(X) == 2) return bf16_to_float(x[k]);
-        else return x[k];
-    };
-    for (int64_t g = 0; g < group_count(w); ++g) {
-        int64_t begin, end;
-        group_columns(w, g, begin, end);
-        float most = 0.0f;
-        for (int64_t k = begin; k < end; ++k) {
-            const float size = std::fabs(at(k));
-            most = size > most || size != size ? size : most;
+INLINE void widen_panel(const Weight& w, const Part& part, const char* quads, int height, int chunks,
+                        typename Panel<X>::Item* panel) {
+    using P = Panel<X>;
+    const int64_t bytes = 64 * item_bytes(w.kind);
+    for (int64_t k = 0; k < part.columns; k += 4, quads += height * bytes)
+        for (int c = 0; c < chunks; ++c) {
+            __builtin_prefetch(quads + c * bytes + AHEAD);
+            P::widen(quads + c * bytes, w.kind, w.extremes != 0,
+                     panel + (k * chunks + P::step * c) * LANES, chunks * LANES);
         }
-        const float scale = most < 1.17549435e-38f ? 1.0f : most / 127.0f;
-        int32_t sum = 0;
-        for (int64_t k = begin; k < end; ++k) {
-            const float q = std::nearbyintf(at(k) / scale);
-            values[k] = q == q ? int8_t(q) : int8_t(0);  // a NaN is in the scale
-            sum += values[k];
-        }
-        scales[g] = scale;
-        sums[g] = sum;
-    }
 }
 
-template <int M, int C>
-static void multiply_int8(const Weight& w, const Block& block, int64_t group, const Quantized& x,
-                          int64_t first, float* totals) {
-    const int64_t groups = group_count(w);
-    int64_t begin, end;
-    group_columns(w, group, begin, end);
-    Ints sums[M][C];
-    for (int m = 0; m < M; ++m)  // 128 too much in every weight
-        for (int c = 0; c < C; ++c)
-            sums[m][c] = fill_ints(-128 * x.sums[(first + m) * groups + group]);
-    const uint8_t* weights =
-        reinterpret_cast<const uint8_t*>(block.values) + begin / 4 * C * 64;
-    for (int64_t k = begin; k < end; k += 4, weights += C * 64) {
-        __builtin_prefetch(weights + 2048);
-        if (C > 1) __builtin_prefetch(weights + 2048 + 64);
-        if (C > 2) __builtin_prefetch(weights + 2048 + 128);
-        if (C > 3) __builtin_prefetch(weights + 2048 + 192);
-        for (int m = 0; m < M; ++m)
-            for (int c = 0; c < C; ++c)
-                sums[m][c] = dot_quads(sums[m][c], weights + c * 64,
-                                       x.values + (first + m) * w.columns + k);
-    }
-    for (int c = 0; c < C; ++c) {
-        const Vec scale = load(block.scales + (group * C + c) * LANES);
-        for (int m = 0; m < M; ++m) {
-            float* total = totals + (m * C + c) * LANES;
-            const Vec both = scale * fill(x.scales[(first + m) * groups + group]);
-            const Vec so_far = group ? load(total) : fill(0.0f);
-            store(total, fma(to_floats(sums[m][c]), both, so_far));
+// A part of some chunks as the parts of its quads: [columns / 4][parts][chunks][16].
+INLINE void widen_bytes(const Part& part, const char* quads, int height, int chunks, char* panel) {
+    for (int64_t k = 0; k < part.columns; k += 4, quads += height * 64)
+        for (int c = 0; c < chunks; ++c) {
+            __builtin_prefetch(quads + c * 64 + AHEAD);
+            for (int i = 0; i < QUAD_PARTS; ++i)
+                store_part(panel + ((k / 4 * QUAD_PARTS + i) * chunks + c) * 64,
+                           byte_part(quads + c * 64, i));
         }
-    }
 }
 
-template <int C>
-static void multiply_int8_tile(const Weight& w, const Block& block, int tokens, const Quantized& x,
-                               int64_t first, float* totals) {
-    for (int64_t g = 0; g < group_count(w); ++g)
-        for (int t = 0; t < tokens; t += MICRO_TOKENS) {
-            float* out = totals + t * C * LANES;
-            switch (tokens - t) {
-                case 1: multiply_int8<1, C>(w, block, g, x, first + t, out); break;
-                case 2: multiply_int8<2, C>(w, block, g, x, first + t, out); break;
-                case 3: multiply_int8<3, C>(w, block, g, x, first + t, out); break;
-                case 4: multiply_int8<4, C>(w, block, g, x, first + t, out); break;
-                case 5: multiply_int8<5, C>(w, block, g, x, first + t, out); break;
-                default: multiply_int8<6, C>(w, block, g, x, first + t, out);
+// Totals [tokens][chunks][16] of a block and at most TILE_TOKENS tokens with float activations.
+template <class X>
+static void multiply_floats(const Weight& w, const Block& block, int tokens, const X* x,
+                            float* totals) {
+    using P = Panel<X>;
+    using Operand = typename P::Operand;
+    alignas(64) Operand room[std::is_same_v<Operand, X> ? 1 : TILE_TOKENS * ROW_OPERANDS<Operand>];
+    alignas(64) typename P::Item panel[PANEL_COLUMNS * chunks_at_once(MICRO_TOKENS) * LANES];
+    alignas(64) Vec kept[TILE_TOKENS * MAX_CHUNKS];
+    const int height = int(block.chunks);
+    const int most = chunks_at_once(tokens < MICRO_TOKENS ? tokens : MICRO_TOKENS);
+    const int64_t bytes = 64 * item_bytes(w.kind);  // of a quad
+    const bool extremes = w.extremes != 0;
+    each_part(w, [&](const Part& part) {
+        const auto rows = operand_rows<Operand>(x + part.begin, w.columns, tokens, part.columns, room);
+        const FloatScale scale{w.kind == INT8 ? block.scales + part.group * height * LANES : nullptr};
+        const char* quads = block.values + part.begin / 4 * height * bytes;
+        const auto run = [&](const auto& products, const char* from, int64_t step, int first, int chunks) {
+            using Products = std::decay_t<decltype(products)>;
+            const Tile<Products, FloatScale, Operand> tile{products, scale, rows, tokens, height, kept, totals};
+            tile.run(part, from, step, first, chunks);
+        };
+        for (int c = 0; c < height; c += most, quads += most * bytes) {
+            const int chunks = height - c < most ? height - c : most;
+            if (tokens <= DIRECT_TOKENS && w.kind == INT8 && !extremes) {
+                run(DirectInt8<X>{}, quads, height * bytes, c, chunks);
+            } else if (tokens <= DIRECT_TOKENS) {
+                run(Direct<X>{w.kind, extremes}, quads, height * bytes, c, chunks);
+            } else {
+                widen_panel<X>(w, part, quads, height, chunks, panel);
+                run(Widened<X>{}, reinterpret_cast<const char*>(panel),
+                    int64_t(sizeof(typename P::Item)) * 4 * chunks * LANES, c, chunks);
             }
         }
+    });
+}
+
+// The same with activations as INT8, from token `first` on.
+INLINE void multiply_int8(const Weight& w, const Block& block, int tokens, const Quantized& x,
+                          int64_t first, float* totals) {
+    alignas(64) ByteOperand room[std::is_same_v<ByteOperand, int8_t> ? 1 : TILE_TOKENS * ROW_OPERANDS<ByteOperand>];
+    alignas(64) char panel[QUAD_PARTS > 1 ? PANEL_COLUMNS / 4 * QUAD_PARTS * chunks_at_once(MICRO_TOKENS) * 64 : 1];
+    alignas(64) Ints kept[TILE_TOKENS * MAX_CHUNKS];
+    const int height = int(block.chunks);
+    const int most = chunks_at_once(tokens < MICRO_TOKENS ? tokens : MICRO_TOKENS);
+    const int64_t groups = group_count(w);
+    each_part(w, [&](const Part& part) {
+        const int8_t* values = x.values + first * w.columns + part.begin;
+        const auto rows = operand_rows<ByteOperand>(values, w.columns, tokens, part.columns, room);
+        const int64_t at = first * groups + part.group;
+        const Int8Scale scale{block.scales + part.group * height * LANES, x.scales + at, x.sums + at, groups};
+        const char* quads = block.values + part.begin / 4 * height * 64;
+        const auto run = [&](const auto& products, const char* from, int64_t step, int c, int chunks) {
+            using Products = std::decay_t<decltype(products)>;
+            const Tile<Products, Int8Scale, ByteOperand> tile{products, scale, rows, tokens, height, kept, totals};
+            tile.run(part, from, step, c, chunks);
+        };
+        for (int c = 0; c < height; c += most, quads += most * 64) {
+            const int chunks = height - c < most ? height - c : most;
+            if (Bytes::always || tokens <= DIRECT_TOKENS) {
+                run(Bytes{}, quads, height * 64, c, chunks);
+            } else if constexpr (QUAD_PARTS > 1) {
+                widen_bytes(part, quads, height, chunks, panel);
+                run(WidenedBytes{}, panel, QUAD_PARTS * chunks * 64, c, chunks);
+            }
+        }
+    });
 }
 
 // What a matrix is multiplied by: activations [T, K] and, with OFFSET_INT8 weights, those as INT8.
@@ -407,22 +291,17 @@ struct Input {
 template <class X>
 static void multiply_block(const Weight& w, const Block& block, int tokens, const Input<X>& input,
                            int64_t first, float* totals) {
-    if (w.kind == OFFSET_INT8) {
-        const Quantized& x = input.quantized;
-        switch (block.chunks) {
-            case 1: return multiply_int8_tile<1>(w, block, tokens, x, first, totals);
-            case 2: return multiply_int8_tile<2>(w, block, tokens, x, first, totals);
-            case 3: return multiply_int8_tile<3>(w, block, tokens, x, first, totals);
-            default: return multiply_int8_tile<4>(w, block, tokens, x, first, totals);
-        }
-    }
-    const X* x = input.x + first * w.columns;
-    switch (block.chunks) {
-        case 1: return multiply_chunks<X, 1>(w, block, tokens, x, w.columns, totals);
-        case 2: return multiply_chunks<X, 2>(w, block, tokens, x, w.columns, totals);
-        case 3: return multiply_chunks<X, 3>(w, block, tokens, x, w.columns, totals);
-        default: return multiply_chunks<X, 4>(w, block, tokens, x, w.columns, totals);
-    }
+    if (w.kind == OFFSET_INT8)
+        multiply_int8(w, block, tokens, input.quantized, first, totals);
+    else
+        multiply_floats(w, block, tokens, input.x + first * w.columns, totals);
+}
+
+INLINE Quantized quantized_at(void* room, int64_t tokens, const Weight& w) {
+    const int64_t groups = group_count(w);
+    float* scales = static_cast<float*>(room);
+    int32_t* sums = reinterpret_cast<int32_t*>(scales + tokens * groups);
+    return {reinterpret_cast<int8_t*>(sums + tokens * groups), scales, sums};
 }
 
 // Make the input of a matrix ready; `room` is for its INT8 form.
@@ -433,8 +312,12 @@ static Input<X> prepare(const Weight& w, int64_t tokens, const X* x, void* room,
     const Quantized q = input.quantized = quantized_at(room, tokens, w);
     const int64_t groups = group_count(w);
     team.run(tokens, 1, [&](int64_t t) {
-        quantize(w, x + t * w.columns, q.values + t * w.columns, q.scales + t * groups,
-                 q.sums + t * groups);
+        for (int64_t g = 0; g < groups; ++g) {
+            int64_t begin, end;
+            group_columns(w, g, begin, end);
+            quantize_group(x + t * w.columns + begin, end - begin, q.values + t * w.columns + begin,
+                           q.scales + t * groups + g, q.sums + t * groups + g);
+        }
     });
     return input;
 }

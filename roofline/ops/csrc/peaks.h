@@ -26,21 +26,33 @@ static void read_memory(const void* arguments, Team& team) {
     });
 }
 
-// `count` times DOT_SUMS independent steps of sixteen lanes in a row, on every thread.
-constexpr int DOT_SUMS = 12, DOT_TASKS = 64;
+// DOT_TASKS times `count` products and some, of vectors in L1 with sums in registers: as many sums
+// as the latency of a product needs and registers hold.
+#if defined(__AVX512F__)
+constexpr int DOT_SUMS = 12;
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int DOT_SUMS = 6;
+#else
+constexpr int DOT_SUMS = 3;
+#endif
+constexpr int DOT_TASKS = 64;
 
 template <class X>
 static void dot_floats(const void* arguments, Team& team) {
     const Measure& a = *static_cast<const Measure*>(arguments);
     using P = Panel<X>;
     team.run(DOT_TASKS, 1, [&](int64_t i) {
-        alignas(64) typename P::Item weights[P::step * LANES] = {};
-        const X x[2] = {};
-        const auto multiplier = P::multiplier(x);
+        alignas(64) const typename P::Item weights[P::step * LANES] = {};
+        const typename P::Operand x[2] = {};
+        const typename P::Item* volatile from = weights;  // for all the compiler knows, each time
+        const typename P::Operand* volatile by = x;       // another
         Vec sums[DOT_SUMS];
-        for (Vec& sum : sums) sum = fill(float(i));
-        for (int64_t k = 0; k < a.count; ++k)
-            for (Vec& sum : sums) sum = P::multiply(weights, multiplier, sum);
+        for (int s = 0; s < DOT_SUMS; ++s) sums[s] = fill(float(i));
+        for (int64_t k = 0, count = a.count; k < count; k += DOT_SUMS * P::step * LANES) {
+            const typename P::Item* now = from;
+            const auto multiplier = P::multiplier(by);
+            for (int s = 0; s < DOT_SUMS; ++s) sums[s] = P::multiply(now, multiplier, sums[s]);
+        }
         for (int s = 1; s < DOT_SUMS; ++s) sums[0] = sums[0] + sums[s];
         a.sink[i] = sum_lanes(sums[0]);
     });
@@ -49,15 +61,19 @@ static void dot_floats(const void* arguments, Team& team) {
 static void dot_int8(const void* arguments, Team& team) {
     const Measure& a = *static_cast<const Measure*>(arguments);
     team.run(DOT_TASKS, 1, [&](int64_t i) {
-        alignas(64) const uint8_t weights[64] = {};
-        const int8_t x[4] = {};
+        alignas(64) const char weights[64] = {};
+        const ByteOperand x[4 * DOT_SUMS] = {};  // one for all would be multiplied once for all
+        const char* volatile from = weights;
+        const ByteOperand* volatile by = x;
         Ints sums[DOT_SUMS];
-        for (Ints& sum : sums) sum = fill_ints(int32_t(i));
-        for (int64_t k = 0; k < a.count; ++k)
-            for (Ints& sum : sums) sum = dot_quads(sum, weights, x);
-        float total = 0.0f;
-        for (const Ints& sum : sums) total += sum_lanes(to_floats(sum));
-        a.sink[i] = total;
+        for (int s = 0; s < DOT_SUMS; ++s) sums[s] = fill_ints(int32_t(i));
+        for (int64_t k = 0, count = a.count; k < count; k += DOT_SUMS * 64 / QUAD_PARTS) {
+            const auto part = load_part(from);
+            const ByteOperand* now = by;
+            for (int s = 0; s < DOT_SUMS; ++s) sums[s] = dot_part(sums[s], part, now + 4 * s);
+        }
+        for (int s = 1; s < DOT_SUMS; ++s) sums[0] = sums[0] + sums[s];
+        a.sink[i] = sum_lanes(to_floats(sums[0]));
     });
 }
 

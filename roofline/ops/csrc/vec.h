@@ -1,4 +1,4 @@
-// Sixteen floats, whatever the instruction set: the only file that knows intrinsics.
+// Sixteen floats, whatever the instruction set; integers and bfloat16 pairs are in *_products.h.
 //
 // Included once per ISA inside that ISA's namespace. Every function means the same everywhere except
 // that `fma` is fused where the machine can. Sums over lanes have one fixed order.
@@ -70,19 +70,16 @@ INLINE void store_bf16(uint16_t* p, Vec a) {
     const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
-// Four INT8 columns of sixteen rows, [16][4], to floats: out[i] = column i.
-INLINE void quad_to_floats(const int8_t* p, Vec out[4]) {
-    const __m512i raw = _mm512_loadu_si512(p);
-    out[0].v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 24), 24));
-    out[1].v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 16), 24));
-    out[2].v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 8), 24));
-    out[3].v = _mm512_cvtepi32_ps(_mm512_srai_epi32(raw, 24));
+// Column i of four INT8 columns of sixteen rows, [16][4].
+INLINE Vec int8_column(const int8_t* p, int i) {
+    const __m512i top = _mm512_slli_epi32(_mm512_loadu_si512(p), unsigned(24 - 8 * i));
+    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24))};
 }
-// Two bfloat16 columns of sixteen rows, [16][2], to floats.
-INLINE void pair_to_floats(const uint16_t* p, Vec out[2]) {
+// Column i of two bfloat16 columns of sixteen rows, [16][2].
+INLINE Vec bf16_column(const uint16_t* p, int i) {
     const __m512i raw = _mm512_loadu_si512(p);
-    out[0].v = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
-    out[1].v = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u))));
+    return {_mm512_castsi512_ps(i ? _mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u)))
+                                  : _mm512_slli_epi32(raw, 16))};
 }
 
 #elif defined(__AVX2__)
@@ -119,43 +116,47 @@ INLINE __m256 times_power_of_two(__m256 a, __m256 n) {  // in two steps: n may l
 INLINE Vec times_power_of_two(Vec a, Vec n) {
     return {times_power_of_two(a.lo, n.lo), times_power_of_two(a.hi, n.hi)};
 }
+INLINE __m256 keep_lanes(__m256 a, int begin, int end, float other) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane);
+    const __m256i in = _mm256_andnot_si256(before, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+    return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(in));
+}
 INLINE Vec keep_lanes(Vec a, int begin, int end, float other) {
-    float lanes[LANES];
-    store(lanes, a);
-    for (int t = 0; t < LANES; ++t)
-        if (t < begin || t >= end) lanes[t] = other;
-    return load(lanes);
+    return {keep_lanes(a.lo, begin, end, other), keep_lanes(a.hi, begin - 8, end - 8, other)};
 }
 INLINE __m256 half_bf16(const uint16_t* p) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
 }
 INLINE Vec load_bf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
+INLINE __m256i bf16_bits(__m256 a) {  // in the lower half of each lane
+    const __m256i bits = _mm256_castps_si256(a), upper = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+    const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, quiet, nan);
+}
 INLINE void store_bf16(uint16_t* p, Vec a) {
-    float lanes[LANES];
-    store(lanes, a);
-    for (int t = 0; t < LANES; ++t) p[t] = float_to_bf16(lanes[t]);
+    const __m256i both = _mm256_packus_epi32(bf16_bits(a.lo), bf16_bits(a.hi));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xd8));
 }
-INLINE void quad_to_floats(const int8_t* p, Vec out[4]) {
-    const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32));
-#define RL_COLUMN(i, left)                                                               \
-    out[i].lo = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(lo, left), 24)); \
-    out[i].hi = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(hi, left), 24));
-    RL_COLUMN(0, 24)
-    RL_COLUMN(1, 16)
-    RL_COLUMN(2, 8)
-    RL_COLUMN(3, 0)
-#undef RL_COLUMN
+INLINE __m256 int8_column(__m256i quads, int i) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 24 - 8 * i), 24));
 }
-INLINE void pair_to_floats(const uint16_t* p, Vec out[2]) {
-    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
-    const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
-    out[0].lo = _mm256_castsi256_ps(_mm256_slli_epi32(lo, 16));
-    out[0].hi = _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16));
-    out[1].lo = _mm256_castsi256_ps(_mm256_and_si256(lo, upper));
-    out[1].hi = _mm256_castsi256_ps(_mm256_and_si256(hi, upper));
+INLINE Vec int8_column(const int8_t* p, int i) {
+    const __m256i* quads = reinterpret_cast<const __m256i*>(p);
+    return {int8_column(_mm256_loadu_si256(quads), i), int8_column(_mm256_loadu_si256(quads + 1), i)};
+}
+INLINE __m256 bf16_column(__m256i pairs, int i) {
+    return _mm256_castsi256_ps(i ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000u)))
+                                 : _mm256_slli_epi32(pairs, 16));
+}
+INLINE Vec bf16_column(const uint16_t* p, int i) {
+    const __m256i* pairs = reinterpret_cast<const __m256i*>(p);
+    return {bf16_column(_mm256_loadu_si256(pairs), i), bf16_column(_mm256_loadu_si256(pairs + 1), i)};
 }
 
 #else  // portable: plain loops, which a compiler turns into what the machine has
@@ -213,48 +214,17 @@ INLINE Vec load_bf16(const uint16_t* p) {
 INLINE void store_bf16(uint16_t* p, Vec a) {
     for (int t = 0; t < LANES; ++t) p[t] = float_to_bf16(a.v[t]);
 }
-INLINE void quad_to_floats(const int8_t* p, Vec out[4]) {
-    for (int i = 0; i < 4; ++i)
-        for (int t = 0; t < LANES; ++t) out[i].v[t] = float(p[4 * t + i]);
-}
-INLINE void pair_to_floats(const uint16_t* p, Vec out[2]) {
-    for (int i = 0; i < 2; ++i)
-        for (int t = 0; t < LANES; ++t) out[i].v[t] = bf16_to_float(p[2 * t + i]);
-}
-
-#endif
-
-// Sixteen 32-bit integers: sums of products of unsigned and signed bytes, four to a lane.
-#if defined(__AVX512VNNI__)
-struct Ints {
-    __m512i v;
-};
-INLINE Ints fill_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
-INLINE Ints dot_quads(Ints sum, const uint8_t* weights, const int8_t* x) {
-    int quad;
-    std::memcpy(&quad, x, 4);
-    return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(weights), _mm512_set1_epi32(quad))};
-}
-INLINE Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
-#else
-struct Ints {
-    int32_t v[LANES];
-};
-INLINE Ints fill_ints(int32_t x) {
-    Ints a;
-    for (int32_t& lane : a.v) lane = x;
+INLINE Vec int8_column(const int8_t* p, int i) {
+    Vec a;
+    for (int t = 0; t < LANES; ++t) a.v[t] = float(p[4 * t + i]);
     return a;
 }
-INLINE Ints dot_quads(Ints sum, const uint8_t* weights, const int8_t* x) {
-    for (int t = 0; t < LANES; ++t)
-        for (int i = 0; i < 4; ++i) sum.v[t] += int32_t(weights[4 * t + i]) * x[i];
-    return sum;
+INLINE Vec bf16_column(const uint16_t* p, int i) {
+    Vec a;
+    for (int t = 0; t < LANES; ++t) a.v[t] = bf16_to_float(p[2 * t + i]);
+    return a;
 }
-INLINE Vec to_floats(Ints a) {
-    float lanes[LANES];
-    for (int t = 0; t < LANES; ++t) lanes[t] = float(a.v[t]);
-    return load(lanes);
-}
+
 #endif
 
 INLINE float sum_lanes(Vec a) {  // one order on every ISA: halves, halves of halves, ...
