@@ -6,7 +6,7 @@
 
 #include <bit>
 
-#include "linear.h"
+#include "sampling.h"
 
 namespace roofline {
 namespace RL_ISA {
@@ -46,24 +46,6 @@ static INLINE uint64_t mass_of(double x) {
     return std::bit_cast<uint64_t>(units) & ((uint64_t(1) << 52) - 1);
 }
 
-// What top_k sums up: tokens.
-struct EachIsOne {
-    INLINE void operator()(const float* logits, int lanes, uint64_t shares[LANES]) const {
-        for (int t = 0; t < lanes; ++t) shares[t] = logits[t] != -INFINITY;
-    }
-};
-
-// What top_p sums up: probability.
-struct EachHasMass {
-    double top;
-    INLINE void operator()(const float* logits, int lanes, uint64_t shares[LANES]) const {
-        if (lanes == LANES)
-            for (int t = 0; t < LANES; ++t) shares[t] = mass_of(double(logits[t]) - top);
-        else
-            for (int t = 0; t < lanes; ++t) shares[t] = mass_of(double(logits[t]) - top);
-    }
-};
-
 // Where a sum from the largest logit down comes to its limit.
 struct Border {
     uint32_t rank;   // of the logit that brings it there; 0 where none does
@@ -71,36 +53,44 @@ struct Border {
     double limit;
 };
 
-// `share` says what sixteen logits add to the sum, `limit` where it ends, given the sum of all.
+// `share` says what a logit adds to the sum, `limit` where it ends, given the sum of all.
 template <class Share, class Limit>
 static Border find_border(const float* logits, int64_t count, Share&& share, Limit&& limit) {
     Border border{0, 0, 0.0};
-    uint64_t sums[2048], shares[LANES];
+    uint64_t sums[2048], shares[CHUNK];
+    uint32_t ranks[CHUNK];
     for (const int shift : {21, 10, 0}) {
         const int bits = shift ? 11 : 10;
         const uint32_t known = uint32_t(~uint64_t(0) << (shift + bits));  // digits found so far
+        const uint32_t digits = (1u << bits) - 1;
         std::memset(sums, 0, sizeof sums);
-        for (int64_t i = 0; i < count; i += LANES) {
-            const int lanes = int(count - i < LANES ? count - i : LANES);
-            uint32_t ranks[LANES], wanted = 0;
-            for (int t = 0; t < lanes; ++t) ranks[t] = rank_of(logits[i + t]);
-            for (int t = 0; t < lanes; ++t)
-                wanted |= ((ranks[t] ^ border.rank) & known) == 0 && logits[i + t] != -INFINITY;
-            if (!wanted) continue;
-            share(logits + i, lanes, shares);
-            for (int t = 0; t < lanes; ++t)
+        for (int64_t i = 0; i < count; i += CHUNK) {
+            const int tokens = int(count - i < CHUNK ? count - i : CHUNK);
+            const float* some = logits + i;
+            int wanted = 0;
+            for (int t = 0; t < tokens; ++t) {
+                ranks[t] = rank_of(some[t]);
+                wanted += ((ranks[t] ^ border.rank) & known) == 0 && some[t] != -INFINITY;
+            }
+            if (wanted == 0) continue;
+            if (known == 0) {
+                for (int t = 0; t < tokens; ++t) shares[t] = share(some[t]);
+                for (int t = 0; t < tokens; ++t) sums[ranks[t] >> shift] += shares[t];
+                continue;
+            }
+            for (int t = 0; t < tokens; ++t)
                 if (((ranks[t] ^ border.rank) & known) == 0)
-                    sums[ranks[t] >> shift & ((1u << bits) - 1)] += shares[t];
+                    sums[ranks[t] >> shift & digits] += share(some[t]);
         }
-        if (shift == 21) {
+        if (known == 0) {
             uint64_t total = 0;
             for (uint64_t sum : sums) total += sum;
             border.limit = limit(double(total));
         }
-        int digit = (1 << bits) - 1;
+        uint32_t digit = digits;
         while (digit > 0 && double(border.above + sums[digit]) < border.limit)
             border.above += sums[digit--];
-        border.rank |= uint32_t(digit) << shift;
+        border.rank |= digit << shift;
     }
     return border;
 }
@@ -145,12 +135,14 @@ static void truncate_row(float* logits, int64_t count, float min_p, int64_t top_
     }
     if (top_k > 0 && top_k < count) {
         const Border border =
-            find_border(logits, count, EachIsOne{}, [&](double) { return double(top_k); });
+            find_border(logits, count, [](float x) { return uint64_t(x != -INFINITY); },
+                        [&](double) { return double(top_k); });
         drop_below(logits, count, border.rank == 0xffffffffu ? NAN : value_of(border.rank));
     }
     if (top_p < 1.0 && finite) {
-        const Border border = find_border(logits, count, EachHasMass{top},
-                                          [&](double total) { return top_p * total; });
+        const Border border =
+            find_border(logits, count, [&](float x) { return mass_of(double(x) - top); },
+                        [&](double total) { return top_p * total; });
         drop_below(logits, count, value_of(border.rank));
         drop_ties(logits, count, border, top);
     }
