@@ -58,19 +58,20 @@ static int64_t draw(const float* logits, int64_t count, float temperature, uint6
                     int64_t position) {
     int64_t winner = likeliest(logits, count);
     uint32_t words[CHUNK];
-    float scaled[CHUNK];
+    float scaled[CHUNK], bounds[CHUNK];
     philox(seed, uint32_t(position), uint32_t(winner), words);
     float best = logits[winner] / temperature + gumbel(words[0]);
     for (int64_t first = 0; first < count; first += CHUNK) {
         philox(seed, uint32_t(position), uint32_t(first), words);
         const int tokens = int(count - first < CHUNK ? count - first : CHUNK);
-        int hopes = 0;
+        for (int t = 0; t < tokens; ++t) scaled[t] = logits[first + t] / temperature;
+        for (int t = 0; t < CHUNK; ++t) bounds[t] = gumbel_bound(words[t]);
+        for (int t = tokens; t < CHUNK; ++t) scaled[t] = -INFINITY;
+        Vec hope = fill(-INFINITY);
+        for (int t = 0; t < CHUNK; t += LANES) hope = largest(load(scaled + t) + load(bounds + t), hope);
+        if (!(largest_lane(hope) >= best)) continue;
         for (int t = 0; t < tokens; ++t) {
-            scaled[t] = logits[first + t] / temperature;
-            hopes += scaled[t] + gumbel_bound(words[t]) >= best;
-        }
-        for (int t = 0; hopes && t < tokens; ++t) {
-            if (!(scaled[t] + gumbel_bound(words[t]) >= best) || scaled[t] == -INFINITY) continue;
+            if (!(scaled[t] + bounds[t] >= best) || scaled[t] == -INFINITY) continue;
             const float value = scaled[t] + gumbel(words[t]);
             if (value > best || (value == best && first + t < winner)) {
                 best = value;

@@ -85,7 +85,7 @@ struct Matrix {
 // A layer and its ends at random sizes, with the buffers of its largest step.
 template <class X>
 struct Layer {
-    static constexpr int64_t rows = 5, blocks_a_row = 6;
+    static constexpr int64_t rows = 5, blocks_a_row = 20;
     const int64_t hidden = 4 * between(1, 60), channels = 16 * between(1, 12);
     const int64_t kv_heads = between(1, 3), heads = kv_heads * one_of({1, 2, 3, 32});
     const int64_t dim = one_of<int64_t>({16, 64, 80, 128, 256}), vocabulary = between(1, 150);
@@ -105,6 +105,7 @@ struct Layer {
     std::vector<float> residual = noise<float>(tokens * hidden), delta = residual, norm = noise<float>(hidden);
     std::vector<float> bias = noise<float>(qkv_rows), head_norm = noise<float>(dim);
     std::vector<float> rope = noise<float>(length * dim), mixed = noise<float>(tokens * qkv_rows);
+    std::vector<float> partial = noise<float>(one_of<int64_t>({1, 10000, 200000}));
     std::vector<float> logits = noise<float>(tokens * vocabulary);
     std::vector<X> keys = noise<X>(pool), values = keys, query = noise<X>(tokens * heads * dim), attended = query;
     std::vector<X> normed = noise<X>(tokens * hidden), activated = noise<X>(tokens * channels);
@@ -153,7 +154,7 @@ struct Layer {
         add(ATTENTION, Attention{&step, query.data(), keys.data(), values.data(), block_table.data(),
                                  blocks_a_row, query_start.data(), context_len.data(), heads, kv_heads,
                                  dim, block_tokens, 0.1, one_of<int64_t>({0, 1, 20, 1000}),
-                                 attended.data()});
+                                 partial.data(), int64_t(partial.size()), attended.data()});
         add(LINEAR, Linear{&step, attended.data(), output.weight, output.room.data(), delta.data()});
         add(NORM_GATE_UP_SWIGLU, NormGateUpSwiglu{&step, residual.data(), delta.data(), norm.data(), 1e-5,
                                                   gate_up.weight, normed.data(), gate_up.room.data(),

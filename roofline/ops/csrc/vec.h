@@ -119,22 +119,31 @@ INLINE __m256 times_power_of_two(__m256 a, __m256 n) {  // in two steps: n may l
 INLINE Vec times_power_of_two(Vec a, Vec n) {
     return {times_power_of_two(a.lo, n.lo), times_power_of_two(a.hi, n.hi)};
 }
+INLINE __m256 keep_lanes(__m256 a, int begin, int end, float other) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i late = _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(begin - 1));
+    const __m256i in = _mm256_and_si256(late, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+    return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(in));
+}
 INLINE Vec keep_lanes(Vec a, int begin, int end, float other) {
-    float lanes[LANES];
-    store(lanes, a);
-    for (int t = 0; t < LANES; ++t)
-        if (t < begin || t >= end) lanes[t] = other;
-    return load(lanes);
+    return {keep_lanes(a.lo, begin, end, other), keep_lanes(a.hi, begin - 8, end - 8, other)};
 }
 INLINE __m256 half_bf16(const uint16_t* p) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
 }
 INLINE Vec load_bf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
+INLINE __m256i rounded_bf16(__m256 a) {  // in the lower half of each lane
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
+}
 INLINE void store_bf16(uint16_t* p, Vec a) {
-    float lanes[LANES];
-    store(lanes, a);
-    for (int t = 0; t < LANES; ++t) p[t] = float_to_bf16(lanes[t]);
+    const __m256i pairs = _mm256_packus_epi32(rounded_bf16(a.lo), rounded_bf16(a.hi));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(pairs, 0xd8));
 }
 INLINE void quad_to_floats(const int8_t* p, Vec out[4]) {
     const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -266,6 +275,13 @@ INLINE float sum_lanes(Vec a) {  // one order on every ISA: halves, halves of ha
 }
 
 INLINE float largest_lane(Vec a) {  // NaN where a lane is
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (_mm256_movemask_ps(_mm256_cmp_ps(a.lo, a.hi, _CMP_UNORD_Q))) return NAN;
+    const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_shuffle_ps(most, most, 1)));
+#else
     float lanes[LANES];
     store(lanes, a);
     for (int width = LANES / 2; width; width /= 2)
@@ -273,6 +289,7 @@ INLINE float largest_lane(Vec a) {  // NaN where a lane is
             if (!(lanes[t] > lanes[t + width]) && lanes[t] == lanes[t])
                 lanes[t] = lanes[t + width];
     return lanes[0];
+#endif
 }
 
 // e^x to about 1 ulp: 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6 (Cephes expf).
