@@ -4,6 +4,7 @@ An op runs at once, or is recorded on a tape that replays it with the sizes of a
 """
 
 import ctypes
+import time
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ class Pool:
         if self.handle is None:
             raise CapacityError(f"cannot start {threads} threads; lower --threads")
         self.close = weakref.finalize(self, library.functions.roofline_pool_free, self.handle)
+        self.replay_s = 0.0  # spent in replays of tapes since it began
 
 
 class Tape:
@@ -42,7 +44,9 @@ class Tape:
 
     def play(self) -> None:
         """Run everything recorded."""
+        started = time.perf_counter()
         self._pool.library.functions.roofline_tape_play(self._pool.handle, self.handle)
+        self._pool.replay_s += time.perf_counter() - started
 
 
 class NativeOps(Ops):

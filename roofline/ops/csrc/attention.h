@@ -142,8 +142,8 @@ struct Gathering {
 
 // Scores of N queries at sixteen positions.
 template <class X, int N>
-INLINE void score(const typename Panel<X>::Item* panel, int64_t dim, const X* const* queries,
-                  Vec scale, float* scores) {
+INLINE void score(const typename Panel<X>::Item* panel, int64_t dim,
+                  const typename Panel<X>::Item* const* queries, Vec scale, float* scores) {
     using P = Panel<X>;
     Vec sum[N];
     for (int n = 0; n < N; ++n) sum[n] = fill(0.0f);
@@ -233,19 +233,37 @@ static void attend(const Attention& a, const Tile& tile, int64_t kv_head, int64_
     const int64_t ends = last + 1 < (span + 1) * SPAN ? last + 1 : (span + 1) * SPAN;
     const Vec scale = fill(float(a.scale));
     g.clear(queries, dim);
-    const X* query[MAX_QUERIES];
-    for (int64_t q = 0; q < queries; ++q)
-        query[q] = static_cast<const X*>(a.query) +
-                   ((tile.token + q / shared) * a.heads + kv_head * shared + q % shared) * dim;
+    using Item = typename P::Item;
+    const Item* query[MAX_QUERIES];
+    alignas(64) float widened[sizeof(Item) == sizeof(X) ? 1 : MAX_QUERIES * MAX_HEAD_DIM];
+    for (int64_t q = 0; q < queries; ++q) {
+        const X* own = static_cast<const X*>(a.query) +
+                       ((tile.token + q / shared) * a.heads + kv_head * shared + q % shared) * dim;
+        if constexpr (sizeof(Item) == sizeof(X)) {
+            query[q] = own;
+        } else {
+            query[q] = widened + q * MAX_HEAD_DIM;
+            for (int64_t d = 0; d < dim; d += LANES) store(widened + q * MAX_HEAD_DIM + d, load(own + d));
+        }
+    }
+    const auto page = [&](int64_t place) {  // where sixteen positions lie in keys and values
+        const int64_t block = a.block_table[tile.row * a.table_width + place / a.block_tokens];
+        return ((block * a.kv_heads + kv_head) * a.block_tokens + place % a.block_tokens) * dim;
+    };
     alignas(64) typename P::Item panel[MAX_HEAD_DIM * LANES];
     alignas(64) float values[LANES * MAX_HEAD_DIM], scores[MAX_QUERIES * LANES];
+    int64_t at = page(begins);
     for (int64_t place = begins; place < ends; place += LANES) {
-        const int64_t block = a.block_table[tile.row * a.table_width + place / a.block_tokens];
-        const int64_t at =
-            ((block * a.kv_heads + kv_head) * a.block_tokens + place % a.block_tokens) * dim;
         const int count = int(context - place < LANES ? context - place : LANES);
         const X* keys = static_cast<const X*>(a.keys) + at;
         const X* paged = static_cast<const X*>(a.values) + at;
+        if (place + LANES < ends) {  // pages are too short for the machine to see what comes next
+            at = page(place + LANES);
+            for (int64_t i = 0; i < LANES * dim; i += 64 / int64_t(sizeof(X))) {
+                __builtin_prefetch(static_cast<const X*>(a.keys) + at + i);
+                __builtin_prefetch(static_cast<const X*>(a.values) + at + i);
+            }
+        }
         if (count == LANES) whole_key_panel(keys, dim, panel);
         else key_panel(keys, dim, count, panel);
         for (int64_t i = 0; i < count * dim; i += LANES) store(values + i, load(paged + i));
