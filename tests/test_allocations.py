@@ -146,7 +146,8 @@ def test_the_python_heap_does_not_grow_over_a_thousand_steps() -> None:
 
     blocks_after(100)
     before = blocks_after(10)
-    assert blocks_after(1000) - before < 100  # the ids of some 60 blocks of KV are among them
+    # The ids of 63 blocks of KV are among them; a number a step would be a thousand.
+    assert blocks_after(1000) - before < 200
     workers.close()
 
 
@@ -165,7 +166,7 @@ def test_a_closed_engine_leaves_no_thread_and_no_mapping() -> None:
         del engine, workers
         gc.collect()
         assert open_pages - _pages() > (1 << 28) // os.sysconf("SC_PAGE_SIZE") - 1000
-        return len(os.listdir("/proc/self/task")), _pages()
+        return len(list(Path("/proc/self/task").iterdir())), _pages()
 
     use()  # what torch and libc keep for themselves
     threads, pages = use()
