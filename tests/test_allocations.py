@@ -108,6 +108,7 @@ def test_a_hundred_steps_allocate_no_tensor(params: dict[str, float]) -> None:
             for _ in range(tensors):
                 torch.empty(100)
         assert profile.profiler is not None
+        assert profile.profiler.kineto_results is not None
         events = profile.profiler.kineto_results.events()
         return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
 
@@ -136,6 +137,9 @@ def test_a_replay_never_calls_malloc(tmp_path: Path) -> None:
 
 def test_the_python_heap_does_not_grow_over_a_thousand_steps() -> None:
     engine, workers = open_engine()
+    start(engine, 500, temperature=0.9)
+    while engine.has_unfinished:  # what Python keeps once it has run something often
+        engine.step()
     start(engine, 1150, temperature=0.9)
 
     def blocks_after(steps: int) -> int:
@@ -157,18 +161,19 @@ def test_a_closed_engine_leaves_no_thread_and_no_mapping() -> None:
 
     def use() -> tuple[int, int]:
         """Threads and pages of this process once an engine has run and is closed."""
-        engine, workers = open_engine(kv_cache_memory_bytes=1 << 28)
+        engine, workers = open_engine()
         start(engine, 5)
         while engine.has_unfinished:
             engine.step()
-        open_pages = _pages()
+        open_pages, kv_bytes = _pages(), workers.storage_bytes()["kv"]
         workers.close()
         del engine, workers
         gc.collect()
-        assert open_pages - _pages() > (1 << 28) // os.sysconf("SC_PAGE_SIZE") - 1000
+        assert open_pages - _pages() >= kv_bytes // os.sysconf("SC_PAGE_SIZE")
         return len(list(Path("/proc/self/task").iterdir())), _pages()
 
-    use()  # what torch and libc keep for themselves
+    for _ in range(2):  # what torch and libc keep for themselves
+        use()
     threads, pages = use()
     again = use()
     assert again[0] == threads

@@ -67,7 +67,7 @@ class InProcessWorkers:
         self._results.clear()
 
     def replay_s(self) -> float | None:
-        """Seconds spent in native replays so far; the rest of a step is Python's. None: op by op."""
+        """Seconds in native replays so far: the rest of a step is Python's. None: op by op."""
         pool = self.backend.pool
         return None if pool is None or not pool.replay_s else pool.replay_s
 

@@ -75,9 +75,11 @@ def rows(vocab: int) -> Tensor:
     nothing, one = torch.full((vocab,), -INF), torch.full((vocab,), -INF)
     one[vocab // 2] = -3.0
     return torch.stack(
-        [noise, noise * 4, noise * 1e-3, noise * 40, tied, tied / 8, sparse, broken, infinite]
-        + [zeros, tiny, noise + 1000, noise * 1e30, nothing, one, torch.sort(noise).values]
-    )
+        [
+            noise, noise * 4, noise * 1e-3, noise * 40, tied, tied / 8, sparse, broken, infinite,
+            zeros, tiny, noise + 1000, noise * 1e30, nothing, one, torch.sort(noise).values,
+        ]
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ISAS)
