@@ -5,21 +5,17 @@ requests, of sampling or of where weights come from.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from roofline.budget import MatrixPlan, ModelPlan, usable_cores
+from roofline.budget import MatrixPlan, ModelPlan
 from roofline.config import ModelConfig
 from roofline.models.checkpoints.tensors import NORM
 from roofline.models.layers import VECTORS, LayerWeights, Source, load_layer, load_table
 from roofline.ops import FloatWeight, Ops, StepInputs, Weight
 from roofline.parallel.mesh import Mesh
-
-LOADING_THREADS = 4  # each may hold two float tensors
 
 
 @dataclass(frozen=True)
@@ -40,10 +36,10 @@ class Decoder:
     def __init__(self, config: ModelConfig, plan: ModelPlan, mesh: Mesh, source: Source) -> None:
         self.config, self.mesh = config, mesh
         self.table = _load_table(source, config, mesh, plan.embedding)
-        load = partial(load_layer, source, config, mesh.rank)
-        # Reading, quantising and packing let other threads run.
-        with ThreadPoolExecutor(min(usable_cores(), LOADING_THREADS)) as threads:
-            self.layers = list(threads.map(load, plan.layers.values(), plan.layers))
+        self.layers: list[LayerWeights] = [
+            load_layer(source, config, mesh.rank, layer_plan, layer)
+            for layer, layer_plan in plan.layers.items()
+        ]
         self.head = _load_table(source, config, mesh, plan.head)
         self.norm = source.vector(NORM) if mesh.rank.is_last_stage else None
 

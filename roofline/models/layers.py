@@ -1,7 +1,7 @@
 """Layers that cut their own shard from a checkpoint: matrices, norms, biases, the token table.
 
 Each loads what its rank holds, quantising tensor by tensor; at any time the result and at most
-two float tensors a loading thread are in memory. No forward pass here: the decoder calls the ops.
+two float tensors are in memory. No forward pass lives here: the decoder calls the ops.
 """
 
 from collections.abc import Callable, Sequence
