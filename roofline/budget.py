@@ -234,7 +234,9 @@ def plan_step_buffers(
         buffers["sampled"] = ((sampled,), "int64")
         buffers["logits"] = ((sampled, model.vocab_size), "float32")
         buffers["temperature"] = ((sampled,), "float64")
-        for name in ("seed", "choice_position", "chosen"):
+        buffers["min_p"] = ((sampled,), "float32")
+        buffers["top_p"] = ((sampled,), "float64")
+        for name in ("top_k", "seed", "choice_position", "chosen"):
             buffers[name] = ((sampled,), "int64")
         if parallel.tensor_parallel_size > 1:
             vocabulary = len(parallel.vocabulary(model, tp))

@@ -122,6 +122,7 @@ class _Run:
 
     latency_s: float  # until the last token of all
     ttft_s: float  # the median sequence's
+    host_share: float | None  # of the latency, what was not spent in native code; None: op by op
     decoding: figures.Decoding
 
     @classmethod
@@ -130,11 +131,12 @@ class _Run:
     ) -> "_Run":
         """Answer random prompts, each batch its own: nothing is found in the prefix cache."""
         prompts = _random_prompts(llm, batch_size, input_len, seed)
-        submitted = time.monotonic()
+        before, submitted = llm.replay_s(), time.monotonic()
         outputs = llm.generate(prompts, _exactly(output_len))
-        latency_s = time.monotonic() - submitted
+        latency_s, after = time.monotonic() - submitted, llm.replay_s()
+        share = None if after is None else 1 - (after - (before or 0)) / latency_s
         firsts = [(o.metrics.first_token_time or submitted) - submitted for o in outputs]
-        return cls(latency_s, statistics.median(firsts), figures.Decoding.of(llm, outputs))
+        return cls(latency_s, statistics.median(firsts), share, figures.Decoding.of(llm, outputs))
 
 
 @dataclass(frozen=True)
@@ -203,11 +205,13 @@ def _print(report: Mapping[str, Any], json: bool) -> None:
     output.print_json(report)
 
 
-def _medians(runs: Sequence[_Run], tokens: int) -> dict[str, float]:
+def _medians(runs: Sequence[_Run], tokens: int) -> dict[str, float | None]:
     latency_s = statistics.median(run.latency_s for run in runs)
+    shares = [run.host_share for run in runs if run.host_share is not None]
     return {
         "latency_s": latency_s,
         "ttft_s": statistics.median(run.ttft_s for run in runs),
+        "host_share": statistics.median(shares) if shares else None,
         "total_tokens_per_s": tokens / latency_s,  # of all sequences together, prompts' time in it
     }
 

@@ -67,6 +67,7 @@ class Door:
         self.config, self.model_config = config, shape
         self.budget: RankBudget = workers.budget
         self.storage_bytes: Callable[[], dict[str, int]] = workers.storage_bytes
+        self.replay_s: Callable[[], float | None] = workers.replay_s
         self._tokenizer = opened.tokenizer
         self._grammars = GrammarCompiler(opened.tokenizer, shape.eos_token_ids, shape.vocab_size)
         self._defaults = SamplingParams.from_options(opened.sampling_defaults)

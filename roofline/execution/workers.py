@@ -66,6 +66,11 @@ class InProcessWorkers:
         """Drop the results that were not collected."""
         self._results.clear()
 
+    def replay_s(self) -> float | None:
+        """Seconds in native replays so far: the rest of a step is Python's. None: op by op."""
+        pool = self.backend.pool
+        return None if pool is None or not pool.replay_s else pool.replay_s
+
     def storage_bytes(self) -> dict[str, int]:
         """Bytes of the storages this rank owns, counted from the tensors themselves."""
         rank = self._rank()

@@ -43,9 +43,11 @@ def reference(dtype: torch.dtype) -> ReferenceOps:
     return ReferenceOps(dtype, torch.zeros(1))
 
 
-def native(library: Library, dtype: torch.dtype, threads: int = 2) -> NativeOps:
+def native(
+    library: Library, dtype: torch.dtype, threads: int = 2, scratch: int = 1 << 20
+) -> NativeOps:
     step = torch.zeros(4, dtype=torch.int64)
-    return NativeOps(dtype, torch.zeros(1), step, Pool(library, threads))
+    return NativeOps(dtype, torch.zeros(scratch), step, Pool(library, threads))
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -89,6 +91,30 @@ def test_threads_change_no_bit(library: Library, dtype: torch.dtype) -> None:
     step = paged(SHAPES[0], dtype)
     first, *others = (step.run(native(library, dtype, threads), None) for threads in (1, 2, 3))
     assert all(torch.equal(first, other) for other in others)
+
+
+LONG = [(700, 1), (1030, 40), (0, 0), (256, 256), (257, 257), (513, 3)]
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 300])
+def test_spans_of_a_long_context_are_merged_alike_by_whoever_worked_on_them(
+    library: Library, dtype: torch.dtype, window: int | None
+) -> None:
+    """Room for the spans' parts decides who works on what; chunks decide what a tile is."""
+    torch.manual_seed(9)
+    step = PagedStep(LONG, 9, 3, 64, 16, dtype)
+    whole = step.run(native(library, dtype, 2, scratch=1), window)
+    assert_close(whole, step.run(reference(dtype), window), dtype)
+    for threads in (1, 3):
+        assert torch.equal(step.run(native(library, dtype, threads), window), whole)
+    ops = native(library, dtype)
+    for row, (_, new) in enumerate(LONG):
+        start = int(step.query_start[row])
+        for first in range(0, new, 37):
+            last = min(first + 37, new)
+            part = step.run_part(ops, row, first, last, window)
+            assert torch.equal(part, whole[start + first : start + last]), row
 
 
 @DTYPES

@@ -85,7 +85,7 @@ struct Matrix {
 // A layer and its ends at random sizes, with the buffers of its largest step.
 template <class X>
 struct Layer {
-    static constexpr int64_t rows = 5, blocks_a_row = 6;
+    static constexpr int64_t rows = 5, blocks_a_row = 20;
     const int64_t hidden = 4 * between(1, 60), channels = 16 * between(1, 12);
     const int64_t kv_heads = between(1, 3), heads = kv_heads * one_of({1, 2, 3, 32});
     const int64_t dim = one_of<int64_t>({16, 64, 80, 128, 256}), vocabulary = between(1, 150);
@@ -97,12 +97,15 @@ struct Layer {
     Matrix<X> table{vocabulary, hidden, false, tokens}, qkv{qkv_rows, hidden, false, tokens};
     Matrix<X> output{hidden, heads * dim, false, tokens}, gate_up{2 * channels, hidden, true, tokens};
     std::vector<int64_t> ids = std::vector<int64_t>(size_t(tokens)), positions = ids, slots = ids, sampled = ids, seeds = ids, chosen = ids;
-    std::vector<double> temperature = std::vector<double>(size_t(tokens));
+    std::vector<double> temperature = std::vector<double>(size_t(tokens)), top_p = temperature;
+    std::vector<int64_t> top_k = std::vector<int64_t>(size_t(tokens));
+    std::vector<float> min_p = std::vector<float>(size_t(tokens));
     std::vector<int32_t> query_start = std::vector<int32_t>(rows + 1), context_len = std::vector<int32_t>(rows);
     std::vector<int32_t> block_table = std::vector<int32_t>(size_t(blocks));
     std::vector<float> residual = noise<float>(tokens * hidden), delta = residual, norm = noise<float>(hidden);
     std::vector<float> bias = noise<float>(qkv_rows), head_norm = noise<float>(dim);
     std::vector<float> rope = noise<float>(length * dim), mixed = noise<float>(tokens * qkv_rows);
+    std::vector<float> partial = noise<float>(one_of<int64_t>({1, 10000, 200000}));
     std::vector<float> logits = noise<float>(tokens * vocabulary);
     std::vector<X> keys = noise<X>(pool), values = keys, query = noise<X>(tokens * heads * dim), attended = query;
     std::vector<X> normed = noise<X>(tokens * hidden), activated = noise<X>(tokens * channels);
@@ -128,6 +131,9 @@ struct Layer {
         for (size_t i = 0; i < size_t(step.sampled); ++i) {
             sampled[i] = between(0, total - 1);
             temperature[i] = double(between(0, 3)) / 2;
+            min_p[i] = float(between(0, 4)) / 4;
+            top_k[i] = between(0, vocabulary + 1);
+            top_p[i] = double(between(1, 4)) / 4;
             seeds[i] = int64_t(random_bits()) << 32 | random_bits();
         }
     }
@@ -148,13 +154,15 @@ struct Layer {
         add(ATTENTION, Attention{&step, query.data(), keys.data(), values.data(), block_table.data(),
                                  blocks_a_row, query_start.data(), context_len.data(), heads, kv_heads,
                                  dim, block_tokens, 0.1, one_of<int64_t>({0, 1, 20, 1000}),
-                                 attended.data()});
+                                 partial.data(), int64_t(partial.size()), attended.data()});
         add(LINEAR, Linear{&step, attended.data(), output.weight, output.room.data(), delta.data()});
         add(NORM_GATE_UP_SWIGLU, NormGateUpSwiglu{&step, residual.data(), delta.data(), norm.data(), 1e-5,
                                                   gate_up.weight, normed.data(), gate_up.room.data(),
                                                   activated.data()});
         add(NORM_HEAD, NormHead{&step, residual.data(), delta.data(), sampled.data(), norm.data(), 1e-5,
                                 table.weight, normed.data(), table.room.data(), logits.data(), vocabulary});
+        add(TRUNCATE, Truncate{&step, logits.data(), vocabulary, vocabulary, min_p.data(), top_k.data(),
+                               top_p.data()});
         add(CHOOSE, Choose{&step, logits.data(), vocabulary, vocabulary, temperature.data(), seeds.data(),
                            positions.data(), chosen.data()});
     }

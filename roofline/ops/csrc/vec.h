@@ -236,6 +236,13 @@ INLINE float sum_lanes(Vec a) {  // one order on every ISA: halves, halves of ha
 }
 
 INLINE float largest_lane(Vec a) {  // NaN where a lane is
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (_mm256_movemask_ps(_mm256_cmp_ps(a.lo, a.hi, _CMP_UNORD_Q))) return NAN;
+    const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_shuffle_ps(most, most, 1)));
+#else
     float lanes[LANES];
     store(lanes, a);
     for (int width = LANES / 2; width; width /= 2)
@@ -243,6 +250,7 @@ INLINE float largest_lane(Vec a) {  // NaN where a lane is
             if (!(lanes[t] > lanes[t + width]) && lanes[t] == lanes[t])
                 lanes[t] = lanes[t + width];
     return lanes[0];
+#endif
 }
 
 // e^x to about 1 ulp: 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6 (Cephes expf).
