@@ -75,9 +75,10 @@ class Tasks:
     words: Tensor  # [8 * (1 + capacity)] int32
     arrivals: Tensor  # [rows, Hkv] int32, zero between launches
     heads: Heads
-    shape: Shape  # of `decode`
+    decode: Shape
     programs: int  # of `decode`
-    deterministic: bool  # every row by one kernel, whose sums know of no span
+    prompt: Shape
+    deterministic: bool  # all rows by `prompt`, whose sums depend on nothing but the row
 
     @property
     def capacity(self) -> int:
@@ -87,16 +88,22 @@ class Tasks:
     @property
     def scratch_floats(self) -> int:
         """Float32 elements of scratch `attention` needs."""
-        return self.capacity * self.heads.kv * self.shape.rows * (self.heads.width + 2)
+        return self.capacity * self.heads.kv * self.decode.rows * (self.heads.width + 2)
 
 
 def make_tasks(
-    heads: Heads, cache: torch.dtype, rows: int, device: torch.device, *, deterministic: bool
+    heads: Heads,
+    activation: torch.dtype,
+    cache: torch.dtype,
+    rows: int,  # of the device-side tables
+    device: torch.device,
+    *,
+    deterministic: bool,
 ) -> Tasks:
-    """Room for the tasks of steps of so many rows."""
+    """Room for the tasks of any step."""
     shape = decode_shape(heads, cache.itemsize)
-    turns_bytes = shape.stages * 2 * shape.tile * heads.width * cache.itemsize
-    programs = _processors(device) * min(4, max(1, _SHARED_BYTES // turns_bytes))
+    flight_bytes = (shape.stages - 1) * 2 * shape.tile * heads.width * cache.itemsize
+    programs = _processors(device) * min(3, max(1, _SHARED_BYTES // flight_bytes))
     capacity = rows + 2 * -(-programs // heads.kv)
     return Tasks(
         torch.zeros(TASK_WORDS.value * (1 + capacity), dtype=torch.int32, device=device),
@@ -104,6 +111,7 @@ def make_tasks(
         heads,
         shape,
         programs,
+        prompt_shape(heads, activation.itemsize),
         deterministic,
     )
 
@@ -139,8 +147,8 @@ def plan(
         window or 0,
         KV_HEADS=tasks.heads.kv,
         GROUP=tasks.heads.group,
-        ROWS=tasks.shape.rows,
-        TILE=tasks.shape.tile,
+        ROWS=tasks.decode.rows,
+        TILE=tasks.decode.tile,
         TABLE_ROWS=table_rows,
         SHARE=share,
         WINDOWED=window is not None,
@@ -152,7 +160,7 @@ def plan(
 
 def attention(
     query: Tensor,  # [T, Hq, D] activation dtype
-    kv: KvCache,
+    kv_cache: KvCache,
     layer: int,
     block_table: Tensor,  # [R, B] int32
     query_start: Tensor,  # [R + 1] int32
@@ -174,10 +182,10 @@ def attention(
     heads = tasks.heads
     assert query.is_contiguous() and out.is_contiguous() and block_table.stride(1) == 1
     assert query.shape[1:] == (heads.query, heads.dim) == out.shape[1:]
-    assert kv.values.is_contiguous() and len(context_len) <= len(tasks.arrivals)
+    assert kv_cache.values.is_contiguous() and len(context_len) <= len(tasks.arrivals)
     assert scratch.numel() >= tasks.scratch_floats or tasks.deterministic
-    keys, values = kv.values[layer]
-    scales = kv.values[layer] if kv.scales is None else kv.scales[layer]
+    keys, values = kv_cache.values[layer]
+    scales = kv_cache.values[layer] if kv_cache.scales is None else kv_cache.scales[layer]
     cache = keys, values, *scales, block_table
     options = dict(
         KV_HEADS=heads.kv,
@@ -185,7 +193,7 @@ def attention(
         BLOCK_TOKENS=keys.shape[2],
         DIM=heads.dim,
         WIDTH=heads.width,
-        QUANTIZED=kv.scales is not None,
+        QUANTIZED=kv_cache.scales is not None,
         WINDOWED=window is not None,
         PDL=pdl,
         launch_pdl=pdl,
@@ -193,7 +201,7 @@ def attention(
     numbers = block_table.stride(0), window or 0, scale * _LOG2_E
     rows = len(context_len)
     if not tasks.deterministic:
-        lines = tasks.capacity * heads.kv * tasks.shape.rows
+        lines = tasks.capacity * heads.kv * tasks.decode.rows
         mixtures, sums = scratch[: lines * heads.width], scratch[lines * heads.width :]
         decode[(tasks.programs,)](
             query,
@@ -204,15 +212,15 @@ def attention(
             sums,
             out,
             *numbers,
-            ROWS=tasks.shape.rows,
-            TILE=tasks.shape.tile,
-            num_warps=tasks.shape.warps,
-            num_stages=tasks.shape.stages,
+            ROWS=tasks.decode.rows,
+            TILE=tasks.decode.tile,
+            num_warps=tasks.decode.warps,
+            num_stages=tasks.decode.stages,
             **options,
         )
-    fewest = 0 if tasks.deterministic else tasks.shape.rows
+    fewest = 0 if tasks.deterministic else tasks.decode.rows
     if len(query) and longest * heads.group > fewest:
-        shape = prompt_shape(heads, query.element_size())
+        shape = tasks.prompt
         tiles = len(query) // (shape.rows // heads.group) + rows
         prompt[(tiles, heads.kv)](
             query,

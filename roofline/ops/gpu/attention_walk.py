@@ -40,13 +40,12 @@ def walk(
 ):
     """Return highest, total and mixed after the positions [first, last)."""
     channel = tl.arange(0, WIDTH)
+    block = _blocks(table, first, last, BLOCK_TOKENS, TILE)
     for start in range(first, last, TILE):
         place = start + tl.arange(0, TILE)
         live = (place >= oldest) & (place < context)
-        if BLOCK_TOKENS % TILE == 0:
-            block = tl.load(table + start // BLOCK_TOKENS).to(tl.int64)
-        else:
-            block = tl.load(table + place // BLOCK_TOKENS, mask=live, other=0).to(tl.int64)
+        # The next turn's blocks are looked up here: KV can then be fetched several turns ahead.
+        following = _blocks(table, start + TILE, last, BLOCK_TOKENS, TILE)
         slot = (block * KV_HEADS + head) * BLOCK_TOKENS + place % BLOCK_TOKENS
         offset = slot[:, None] * DIM + channel[None, :]
         if MASKED:
@@ -76,8 +75,19 @@ def walk(
         if QUANTIZED:
             weights *= tl.load(value_scales + slot, mask=live, other=0.0)[None, :]
         mixed = _dot(weights.to(q.dtype), v.to(q.dtype), mixed * keep[:, None])
-        highest = higher
+        highest, block = higher, following
     return highest, total, mixed
+
+
+@triton.jit
+def _blocks(table, start, last, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr):
+    """Ids of the blocks of a turn's positions: one where it lies in one block, else [TILE]."""
+    if BLOCK_TOKENS % TILE == 0:
+        block = tl.load(table + start // BLOCK_TOKENS, mask=start < last, other=0)
+    else:
+        place = start + tl.arange(0, TILE)
+        block = tl.load(table + place // BLOCK_TOKENS, mask=place < last, other=0)
+    return block.to(tl.int64)
 
 
 @triton.jit
