@@ -64,8 +64,8 @@ def truncate(
     """Leave out what min_p, then top_k, then top_p leave out.
 
     min_p: less likely than min_p times the likeliest. top_k: less than the k-th largest; ties stay. top_p: tokens
-    before which, the largest first and of equals the lowest id, lies a mass of top_p or more. Weights are float32,
-    masses sums in float64: a token whose mass lies within 1e-6 of top_p may fall on either side.
+    before which, the largest first and of equals the lowest id, lies a mass of top_p or more. Weights are float32: a
+    token before which lies a mass within 1e-6 of top_p may fall on either side.
     """
     rows, vocab = logits.shape
     if not rows:
@@ -73,7 +73,7 @@ def truncate(
     assert logits.stride(1) == 1
     truncate_rows[(rows,)](
         logits, min_p, top_k, top_p, logits.stride(0), vocab,
-        BLOCK=_BLOCK, PDL=pdl, num_warps=16, launch_pdl=pdl,
+        BLOCK=2 * _BLOCK, PDL=pdl, num_warps=32, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -189,8 +189,8 @@ def truncate_rows(
 ):
     """One row. Borders are found by bisection over the order of float32, not by sorting.
 
-    A float's bits, the lower 31 inverted where it is negative, are an integer of the same order: 32 halvings find any
-    border exactly, each counting, or adding up the weights of, what lies above a pivot.
+    A float's bits, the lower 31 inverted where it is negative, are an integer of the same order: 16 quarterings find
+    any border exactly, each counting, or adding up the weights of, what lies above three pivots.
     """
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -214,33 +214,23 @@ def truncate_rows(
             low, high = bottom, top
             while high - low > 1:
                 pivot = low + (high - low) // 2
-                weight = tl.exp(_float(pivot) - peak)
-                low, high = tl.where(weight < least_share, pivot, low), tl.where(
-                    weight < least_share, high, pivot
-                )
+                light = tl.exp(_float(pivot) - peak) < least_share
+                low, high = tl.where(light, pivot, low), tl.where(light, high, pivot)
             border = high
         if by_count:
             low, high = border - 1, top + 1  # at least k lie at or above low, fewer at high
             low = tl.maximum(low, bottom)
             while high - low > 1:
-                pivot = low + (high - low) // 2
-                count = tl.zeros([BLOCK], tl.int32)
-                for start in range(0, vocab, BLOCK):
-                    value = _values(line, start + column, vocab)
-                    count += (_order(value) >= pivot).to(tl.int32)
-                enough = tl.sum(count, 0) >= kept
-                low, high = tl.where(enough, pivot, low), tl.where(enough, high, pivot)
+                low, high = _quarter(line, low, high, 0, kept, peak, vocab, BLOCK, False)
             border = tl.maximum(border, low)
         equal_kept = vocab + 0  # of those at the border, the lowest ids
         if by_mass:
-            whole = _weight_from(line, border, peak, vocab, BLOCK)
+            whole = _weight_above(line, border - 1, peak, vocab, BLOCK)
             low, high = border - 1, top  # above low lies enough mass, above high less
             while high - low > 1:
-                pivot = low + (high - low) // 2
-                enough = _weight_from(line, pivot + 1, peak, vocab, BLOCK) / whole >= mass
-                low, high = tl.where(enough, pivot, low), tl.where(enough, high, pivot)
+                low, high = _quarter(line, low, high, 1, mass * whole, peak, vocab, BLOCK, True)
             border = high
-            above = _weight_from(line, border + 1, peak, vocab, BLOCK) / whole
+            above = _weight_above(line, border, peak, vocab, BLOCK) / whole
             share = tl.exp(_float(border) - peak).to(tl.float64) / whole
             equal_kept = tl.ceil((mass - above) / share)
             equal_kept = tl.minimum(equal_kept, vocab).to(tl.int32)
@@ -278,14 +268,42 @@ def _float(order):
 
 
 @triton.jit
-def _weight_from(line, border, peak, vocab, BLOCK: tl.constexpr):
-    """Sum of exp(value - peak) over the values of a row at or above a border, float64."""
+def _quarter(line, low, high, above, needed, peak, vocab, BLOCK, WEIGHED: tl.constexpr):
+    """A quarter of [low, high): what lies at or above low + `above` is enough, and not for high.
+
+    Counts, or where WEIGHED adds up the weights of, what lies above each of three pivots.
+    """
     column = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
+    step = high - low
+    first, second, third = low + step // 4, low + step // 2, low + step - (step + 3) // 4
+    one = tl.zeros([BLOCK], tl.float32)
+    two, three = tl.zeros_like(one), tl.zeros_like(one)
     for start in range(0, vocab, BLOCK):
         value = _values(line, start + column, vocab)
-        total += tl.where(_order(value) >= border, tl.exp(value - peak), 0.0).to(tl.float64)
-    return tl.sum(total, 0)
+        order = _order(value)
+        weight = tl.full([BLOCK], 1.0, tl.float32)
+        if WEIGHED:
+            weight = tl.exp(value - peak)
+        one += tl.where(order >= first + above, weight, 0.0)
+        two += tl.where(order >= second + above, weight, 0.0)
+        three += tl.where(order >= third + above, weight, 0.0)
+    is_one = tl.sum(one.to(tl.float64), 0) >= needed
+    is_two = tl.sum(two.to(tl.float64), 0) >= needed
+    is_three = tl.sum(three.to(tl.float64), 0) >= needed
+    higher = tl.where(is_three, high, tl.where(is_two, third, tl.where(is_one, second, first)))
+    lower = tl.where(is_three, third, tl.where(is_two, second, tl.where(is_one, first, low)))
+    return lower, higher
+
+
+@triton.jit
+def _weight_above(line, border, peak, vocab, BLOCK: tl.constexpr):
+    """Sum of exp(value - peak) over the values of a row above a border, float64."""
+    column = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        value = _values(line, start + column, vocab)
+        total += tl.where(_order(value) > border, tl.exp(value - peak), 0.0)
+    return tl.sum(total.to(tl.float64), 0)
 
 
 @triton.jit
