@@ -14,7 +14,10 @@ from pathlib import Path
 from roofline.config import GROUP_SIZES, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
+ITEM_BYTES = {
+    "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+    "int32": 4, "int64": 8,
+}  # fmt: skip
 SCALE_BYTES = 4
 LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
@@ -254,10 +257,16 @@ def buffer_bytes(buffers: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
 
 
 def kv_block_bytes(model: ModelConfig, dtype: str, rank: Rank, block_size: int) -> int:
-    """Bytes of one KV block over all the layers and heads of a rank."""
+    """Bytes of one KV block over all the layers and heads of a rank; `dtype` is the cache's."""
     layers = len(rank.parallel.layers(model, rank.stage))
     heads = len(rank.parallel.kv_heads(model, rank.tp_rank))
-    return layers * 2 * heads * block_size * model.head_dim * ITEM_BYTES[dtype]
+    scale_bytes = SCALE_BYTES if is_quantized(dtype) else 0
+    return layers * 2 * heads * block_size * (model.head_dim * ITEM_BYTES[dtype] + scale_bytes)
+
+
+def is_quantized(dtype: str) -> bool:
+    """Whether a KV cache of a dtype has scales."""
+    return ITEM_BYTES[dtype] == 1
 
 
 def kv_token_bytes(model: ModelConfig, dtype: str) -> int:

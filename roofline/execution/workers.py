@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from roofline.budget import available_host_bytes, plan_rank, plan_step_buffers
 from roofline.config import EngineConfig
@@ -15,7 +14,7 @@ from roofline.execution.runner import ModelRunner
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.decoder import Decoder
 from roofline.models.layers import Source
-from roofline.ops import backends
+from roofline.ops import KvCache, backends
 from roofline.parallel.mesh import Mesh
 from roofline.scheduling.plan import StepPlan, StepResult
 
@@ -25,7 +24,7 @@ class _Loaded:
     """A rank's share of the model, and the memory it runs in."""
 
     decoder: Decoder
-    kv_pool: Tensor
+    kv_cache: KvCache
     arena: arena.Arena
     runner: ModelRunner
 
@@ -45,13 +44,13 @@ class InProcessWorkers:
         if config.threads is not None and backend.pool is None:
             torch.set_num_threads(config.threads)
         decoder = Decoder(model, budget.model, mesh, Source(checkpoint, progress, backend.pack))
-        kv_pool = kv_cache.allocate(
+        cache = kv_cache.allocate(
             model, config.dtype, mesh.rank, budget.num_blocks, config.block_size
         )
         buffers = arena.allocate(plan_step_buffers(model, config.dtype, mesh.rank, budget.step))
         ops = backend.ops(getattr(torch, config.dtype), buffers)
-        runner = ModelRunner(decoder, ops, kv_pool, buffers, eager=config.enforce_eager)
-        self._loaded: _Loaded | None = _Loaded(decoder, kv_pool, buffers, runner)
+        runner = ModelRunner(decoder, ops, cache, buffers, eager=config.enforce_eager)
+        self._loaded: _Loaded | None = _Loaded(decoder, cache, buffers, runner)
         self._results: deque[StepResult] = deque()
 
     def submit(self, plan: StepPlan) -> None:
@@ -75,7 +74,7 @@ class InProcessWorkers:
         return {
             "weights": arena.storage_bytes(values),
             "scales": arena.storage_bytes(scales),
-            "kv": arena.storage_bytes([rank.kv_pool]),
+            "kv": arena.storage_bytes(kv_cache.tensors(rank.kv_cache)),
             "activations": arena.storage_bytes(rank.arena.values()),
         }
 

@@ -10,11 +10,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.noise import choose
 
 TILE_TOKENS = 16
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # of the values of a KV cache
 SPAN_TOKENS = 256  # KV positions attention reads at a time, rounded down to whole blocks
 
 
@@ -58,7 +59,7 @@ class ReferenceOps(Ops):
         k_norm: Tensor | None,
         rope: Tensor,
         inputs: StepInputs,
-        kv_pool: Tensor,
+        kv_cache: KvCache,
         layer: int,
         out: Tensor,
     ) -> None:
@@ -66,7 +67,7 @@ class ReferenceOps(Ops):
         if delta is not None:
             residual += delta
         tokens, heads, dim = out.shape
-        kv_heads = kv_pool.shape[3]
+        kv_heads = kv_cache.kv_heads
         x = rms_norm(residual, norm, eps).to(self.dtype)
         mixed = self._multiply(x, qkv)
         if bias is not None:
@@ -80,15 +81,14 @@ class ReferenceOps(Ops):
             key = rms_norm(key.contiguous(), k_norm, eps)
         cosines, sines = rope[:, inputs.positions].unsqueeze(2)  # [T, 1, D / 2]
         out.copy_(rotate(query, cosines, sines))
-        block_tokens = kv_pool.shape[4]
-        block, place = inputs.slots // block_tokens, inputs.slots % block_tokens
-        kv_pool[layer, 0][block, :, place] = rotate(key, cosines, sines).to(self.dtype)
-        kv_pool[layer, 1][block, :, place] = value.to(self.dtype)
+        written = inputs.slots >= 0
+        for half, x in enumerate((rotate(key, cosines, sines), value)):
+            _store(x[written], inputs.slots[written], kv_cache, layer, half)
 
     def attention(
         self,
         query: Tensor,
-        kv_pool: Tensor,
+        kv_cache: KvCache,
         layer: int,
         block_table: Tensor,
         query_start: Tensor,
@@ -102,7 +102,8 @@ class ReferenceOps(Ops):
         for row, (start, stop) in enumerate(itertools.pairwise(starts)):
             if start < stop:
                 blocks = block_table[row].long()
-                paged = kv_pool[layer]
+                scales = None if kv_cache.scales is None else kv_cache.scales[layer]
+                paged = KvCache(kv_cache.values[layer], scales)
                 mine = query[start:stop], contexts[row]
                 out[start:stop] = _attend(*mine, paged, blocks, scale, window).to(out.dtype)
 
@@ -218,17 +219,31 @@ def _float_rows(weight: Int8Weight | FloatWeight, start: int, stop: int, out: Te
     dequantize(part, out)
 
 
+def _store(x: Tensor, slots: Tensor, kv_cache: KvCache, layer: int, half: int) -> None:
+    """Write keys or values [n, Hkv, D] float32 to their slots, as the cache holds them."""
+    values, size = kv_cache.values, kv_cache.block_tokens
+    at = slots // size, slice(None), slots % size
+    if kv_cache.scales is not None:
+        largest = LARGEST[values.dtype]
+        scale = x.abs().amax(dim=2) / largest
+        scale = torch.where(scale < SMALLEST_NORMAL, 1.0, scale)
+        kv_cache.scales[layer, half][at] = scale
+        x = (x / scale.unsqueeze(2)).clamp(-largest, largest)
+        x = x.round() if values.dtype == torch.int8 else x
+    values[layer, half][at] = x.to(values.dtype)
+
+
 def _attend(
     query: Tensor,  # [n, Hq, D], the last n tokens of the context
     context: int,
-    paged: Tensor,  # [2, blocks, Hkv, block_tokens, D]
+    paged: KvCache,  # of one layer: [2, blocks, Hkv, block_tokens, D]
     blocks: Tensor,  # [B] int64
     scale: float,
     window: int | None,
 ) -> Tensor:
     """Online softmax over spans of KV (Dao et al. 2022), [n, Hq, D] float32."""
     tokens, heads, dim = query.shape
-    kv_heads, block_tokens = paged.shape[2:4]
+    kv_heads, block_tokens = paged.values.shape[2:4]
     tiles, group = -(-tokens // TILE_TOKENS), heads // kv_heads
     padded = torch.zeros(tiles * TILE_TOKENS, heads, dim)
     padded[:tokens] = query
@@ -261,17 +276,20 @@ def _attend(
 
 
 def _span(
-    paged: Tensor, blocks: Tensor, first: int, span_blocks: int, context: int
+    paged: KvCache, blocks: Tensor, first: int, span_blocks: int, context: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [1, Hkv, span, D] float32 of a span of blocks, and its positions [span].
 
     Always the same shape: past the table block 0 stands in, and values past the context are zero.
     """
-    block_tokens = paged.shape[3]
+    block_tokens = paged.values.shape[3]
     chosen = torch.zeros(span_blocks, dtype=torch.int64)
     listed = blocks[first : first + span_blocks]
     chosen[: len(listed)] = listed
-    keys, values = paged[:, chosen].transpose(2, 1).flatten(2, 3).float().unsqueeze(1)
+    both = paged.values[:, chosen].float()
+    if paged.scales is not None:
+        both *= paged.scales[:, chosen].unsqueeze(-1)
+    keys, values = both.transpose(2, 1).flatten(2, 3).unsqueeze(1)
     place = torch.arange(span_blocks * block_tokens) + first * block_tokens
     values.masked_fill_((place >= context).view(1, 1, -1, 1), 0.0)
     return keys, values, place

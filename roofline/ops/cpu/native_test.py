@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from roofline.budget import quantized_values
-from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.cpu.library import Library
 from roofline.ops.cpu.native import NativeOps, Pool
 from roofline.ops.cpu.packing import pack
@@ -187,7 +187,7 @@ def norm_qkv_rope_store(
     delta = None if shape.hidden == 20 else step.delta[picked]  # the first layer has none
     ops.norm_qkv_rope_store(
         residual, delta, step.norm, EPS, weights["qkv"], step.bias, step.q_norm, step.k_norm,
-        step.rope, inputs, pool, 1, out,
+        step.rope, inputs, KvCache(pool, None), 1, out,
     )  # fmt: skip
     stored = pool.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).clone()  # [layers, slots, 2, Hkv, D]
     written = stored[1, slots].clone()
