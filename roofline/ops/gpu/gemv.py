@@ -13,7 +13,7 @@ from roofline.ops.gpu.triton_support import let_next_start, wait_for_previous
 
 @triton.jit
 def span_columns(
-    step: tl.constexpr, SHIFT: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr
+    step, SHIFT: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr
 ):
     """Columns [1, CHUNKS, CHUNK] of a span; SHIFT of the first lie before the matrix."""
     chunk = step * CHUNKS + tl.arange(0, CHUNKS)
@@ -25,7 +25,7 @@ def span_weights(
     weight,  # [N, K]
     rows,  # [R]
     K,
-    step: tl.constexpr,
+    step,
     SHIFT: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -45,7 +45,7 @@ def span_input(
     x,  # [K]
     rows,  # [R]
     K,
-    step: tl.constexpr,
+    step,
     SHIFT: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -62,7 +62,7 @@ def span_input(
 @triton.jit
 def span_groups(
     G,
-    step: tl.constexpr,
+    step,
     SHIFT: tl.constexpr,
     OFFSET: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -79,12 +79,13 @@ def span_groups(
 @triton.jit
 def row_sums(
     x,  # [K] floats or int8
-    x_steps,  # [G] float32, of int8
+    x_steps,  # [G, x_stride] float32, of int8
     weight,  # [N, K] floats or int8
     scales,  # [N, G] float32, of int8
     rows,  # [R]
     K,
     G,
+    x_stride,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
@@ -114,7 +115,7 @@ def row_sums(
         given = span_input(x, rows, K, step, SHIFT, CHUNKS, CHUNK, EVEN)
         part = tl.sum(now.to(tl.float32) * given.to(tl.float32), axis=2)
         if x_steps is not None:
-            part *= tl.load(x_steps + now_groups)[None, :]
+            part *= tl.load(x_steps + now_groups * x_stride)[None, :]
         if scales is not None:
             part *= now_scale
         sums += part
@@ -124,7 +125,7 @@ def row_sums(
 @triton.jit
 def gemv(
     x,  # [K] floats or int8
-    x_steps,  # [G] float32, of int8
+    x_steps,  # [G, x_stride] float32, of int8
     weight,  # [N, K] floats or int8
     scales,  # [N, G] float32, of int8
     out,  # [N], or [N / 2] of a pair
@@ -132,6 +133,7 @@ def gemv(
     N,
     K,
     G,
+    x_stride,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -151,7 +153,7 @@ def gemv(
         rows = index // 2 + index % 2 * (N // 2)
     rows = tl.minimum(rows, N - 1)
     sums = row_sums(
-        x, x_steps, weight, scales, rows, K, G,
+        x, x_steps, weight, scales, rows, K, G, x_stride,
         CHUNKS, CHUNK, STEPS, SHIFT, OFFSET, GROUP, EVEN, PDL,
     )  # fmt: skip
     if PAIRED:

@@ -25,10 +25,10 @@ def prefetch(place):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def tiles(
     x,  # [T, K] floats or int8
-    x_steps,  # [T, G] float32, of int8
+    x_steps,  # [G, x_stride] float32, one a token and group, of int8
     weight,  # [N, K] floats or int8
     scales,  # [N, G] float32, of int8
     out,  # [T, N], or [T, N / 2] of a pair; float32 [splits, T, N] of partial sums
@@ -37,6 +37,8 @@ def tiles(
     N,
     K,
     G,
+    x_stride,
+    out_stride,  # values of a token
     SPLIT_CHUNKS: tl.constexpr,  # chunks of K of a split
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -92,7 +94,7 @@ def tiles(
             )  # a step early: its latency is hidden
             if x_steps is not None:
                 part = dot(values, given, tl.zeros([ROWS, TOKENS], tl.int32))
-                x_step = tl.load(x_steps + token * G + group, mask=live, other=0)
+                x_step = tl.load(x_steps + group * x_stride + token, mask=live, other=0)
                 sums += part.to(tl.float32) * (scale[:, None] * x_step[None, :])
             else:
                 part = dot(values.to(given.dtype), given, tl.zeros([ROWS, TOKENS], tl.float32))
@@ -105,13 +107,13 @@ def tiles(
         gate, up = tl.split(paired)
         channel = tl.program_id(1) * (ROWS // 2) + tl.arange(0, ROWS // 2)
         value = gate / (1 + tl.exp(-gate)) * up
-        place = out + token.to(tl.int64)[None, :] * (N // 2) + channel[:, None]
+        place = out + token.to(tl.int64)[None, :] * out_stride + channel[:, None]
         mask = live[None, :] & (channel < N // 2)[:, None]
         tl.store(place, value.to(out.dtype.element_ty), mask=mask)
     else:
         mask = live[None, :] & (index < N)[:, None]
         row = tl.program_id(2).to(tl.int64) * T + token
-        tl.store(out + row[None, :] * N + index[:, None], sums.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row[None, :] * out_stride + index[:, None], sums.to(out.dtype.element_ty), mask=mask)
         if infinite is not None:
             broken = mask & ~(tl.abs(sums) < float("inf"))
             found = tl.max(tl.max(broken.to(tl.int32), axis=1), axis=0)
