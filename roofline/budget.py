@@ -21,6 +21,11 @@ ITEM_BYTES = {
 SCALE_BYTES = 4
 LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
+# On a GPU: sums of a matrix whose columns are cut in splits, [splits, tokens, rows] float32, are of
+# at most so many tokens and rows of all splits; a matrix of so many rows at most is turned into
+# floats for the library, and the product before SwiGLU is made for so many tokens at a time.
+SPLIT_TOKENS, PARTIAL_ROWS = 64, 32768
+DEQUANTIZED_ROWS, LIBRARY_TOKENS = 65536, 2048
 ROW_MULTIPLE = 16  # rows of a matrix in memory: the lanes of a SIMD register
 
 NativeGroups = Mapping[str, int]  # group size of each checkpoint tensor that is INT8 on disk
@@ -243,6 +248,27 @@ def plan_step_buffers(
             vocabulary = len(parallel.vocabulary(model, tp))
             buffers["logits_shard"] = ((sampled, vocabulary), "float32")
     return buffers
+
+
+def gpu_scratch_values(plan: ModelPlan, tokens: int, dtype: str, keeps_floats: bool) -> int:
+    """Float32 values that the GPU's linears need on their way, in a step of `tokens` on one rank.
+
+    `keeps_floats`: the copy for long prompts is there, so nothing is dequantised.
+    """
+    item = ITEM_BYTES[dtype]
+    matrices = [matrix for layer in plan.layers.values() for matrix in layer.matrices()]
+    matrices += [m for m in (plan.head or plan.embedding,) if m is not None]
+    padded = -(-tokens // 16) * 16
+    needed = SPLIT_TOKENS * PARTIAL_ROWS
+    for matrix in matrices:
+        room = [tokens * matrix.columns * item, tokens * matrix.columns, padded * matrix.groups * 4]
+        room += [4 * max(SPLIT_TOKENS * PARTIAL_ROWS, tokens * matrix.rows)]  # sums, before RoPE
+        if matrix.rows > DEQUANTIZED_ROWS:  # the head: its sums are the logits themselves
+            room[-1] = 4 * SPLIT_TOKENS * PARTIAL_ROWS
+        elif matrix.group and not keeps_floats:
+            room += [matrix.rows * matrix.columns * item]
+        needed = max(needed, sum(-(-size // 256) * 64 for size in room))
+    return needed
 
 
 def quantized_values(tokens: int, columns: int) -> int:

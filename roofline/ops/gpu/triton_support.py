@@ -41,4 +41,4 @@ def dot(a, b, acc):
     """acc + a @ b: float32 sums of floats, int32 sums of int8."""
     if INTERPRETED and a.dtype != tl.int8:  # its bfloat16 dot multiplies bit patterns
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
