@@ -27,7 +27,7 @@ class RowSampler:
         self.params = start
         self.history = list(start.history)  # prompt and output, where the plan says they are needed
         # Whether the token depends on nothing but logits, temperature and noise.
-        self._is_plain = start == RowStart(
+        self.is_plain = start == RowStart(
             row=start.row,
             num_prompt=start.num_prompt,
             seed=start.seed,
@@ -44,7 +44,7 @@ class RowSampler:
         """
         params = self.params
         _keep_allowed(logits, params, mask)
-        if self._is_plain and (mask is None or _is_any_left(logits)):
+        if self.is_plain and (mask is None or _is_any_left(logits)):
             return params.temperature
         if params.logit_bias:
             tokens, biases = zip(*params.logit_bias, strict=True)

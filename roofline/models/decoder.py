@@ -14,7 +14,7 @@ from roofline.budget import MatrixPlan, ModelPlan
 from roofline.config import ModelConfig
 from roofline.models.checkpoints.tensors import NORM
 from roofline.models.layers import VECTORS, LayerWeights, Source, load_layer, load_table
-from roofline.ops import FloatWeight, KvCache, Ops, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, KvCache, Ops, StepInputs, Weight
 from roofline.parallel.mesh import Mesh
 
 
@@ -140,6 +140,9 @@ def rope_table(config: ModelConfig, length: int, out: Tensor) -> None:
 def _matrix_tensors(name: str, weight: Weight | None) -> dict[str, Tensor]:
     if weight is None:
         return {}
-    scales = None if isinstance(weight, FloatWeight) else weight.scales
     found = {f"{name}.values": weight.values}
-    return found if scales is None else found | {f"{name}.scales": scales}
+    if not isinstance(weight, FloatWeight) and weight.scales is not None:
+        found[f"{name}.scales"] = weight.scales
+    if isinstance(weight, Int8Weight) and weight.copy is not None:
+        found[f"{name}.copy"] = weight.copy
+    return found
