@@ -245,7 +245,9 @@ def plan_step_buffers(
         buffers["sampled"] = ((sampled,), "int64")
         buffers["logits"] = ((sampled, model.vocab_size), "float32")
         buffers["temperature"] = ((sampled,), "float64")
-        for name in ("seed", "choice_position", "chosen"):
+        buffers["min_p"] = ((sampled,), "float32")
+        buffers["top_p"] = ((sampled,), "float64")
+        for name in ("top_k", "seed", "choice_position", "chosen"):
             buffers[name] = ((sampled,), "int64")
         if parallel.tensor_parallel_size > 1:
             vocabulary = len(parallel.vocabulary(model, tp))
@@ -284,7 +286,7 @@ def plan_device_buffers(
 # What the host writes for a step: kept there, and on a GPU uploaded.
 HOST_BUFFERS = (
     "token_ids", "positions", "slots", "query_start", "context_len", "sampled", "temperature",
-    "seed", "choice_position", "chosen", "step",
+    "seed", "choice_position", "min_p", "top_k", "top_p", "chosen", "step",
 )  # fmt: skip
 _ALIGNMENT = 64  # bytes
 
@@ -305,6 +307,10 @@ def upload_layout(
         "seed": (sampled, "int64"),
         "choice_position": (sampled, "int64"),
         "choice_rows": (sampled, "int64"),
+        "min_p": (sampled, "float32"),
+        "top_k": (sampled, "int64"),
+        "top_p": (sampled, "float64"),
+        "divisor": (sampled, "float32"),  # of logits, before they are truncated
         "block_places": (new_blocks, "int64"),  # in the block table, flat
         "block_ids": (new_blocks, "int32"),
     }

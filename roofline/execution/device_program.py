@@ -6,6 +6,7 @@ capture and every kernel is compiled before one.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,9 +59,12 @@ class DeviceProgram:
         buffers = self._buffers(len(f["residual"]))
         self._decoder.logits(self._ops, sampled, buffers, shard, out)
 
-    def choose(self) -> None:
-        """Pick a token from each row of logits, and keep it as its row's last."""
+    def choose(self, truncates: bool) -> None:
+        """Pick a token from each row of logits, truncated or not; keep it as its row's last."""
         f = self.fields
+        if truncates:
+            self.logits.div_(f["divisor"].unsqueeze(1))
+            self._ops.truncate(self.logits, f["min_p"], f["top_k"], f["top_p"])
         names = "temperature", "seed", "choice_position", "chosen"
         self._ops.choose(self.logits, *(f[name] for name in names))
         f["last_token"].index_copy_(0, f["choice_rows"], f["chosen"])
@@ -81,18 +85,19 @@ class CapturedProgram:
         """See `DeviceProgram`."""
         self._run("compute", self.program.compute)
 
-    def choose(self) -> None:
+    def choose(self, truncates: bool) -> None:
         """See `DeviceProgram`."""
-        self._run("choose", self.program.choose)
+        part = "truncate and choose" if truncates else "choose"
+        self._run(part, partial(self.program.choose, truncates))
 
-    def _run(self, half: str, run: Callable[[], None]) -> None:
-        if half not in self._replays:
-            self._replays[half] = None
+    def _run(self, part: str, run: Callable[[], None]) -> None:
+        if part not in self._replays:
+            self._replays[part] = None
             run()
             return
-        replay = self._replays[half]
+        replay = self._replays[part]
         if replay is None:
-            replay = self._replays[half] = self._graphs.capture(run)
+            replay = self._replays[part] = self._graphs.capture(run)
         replay()
 
 

@@ -22,8 +22,8 @@ from roofline.execution.device_program import (
     padded_sizes,
     view,
 )
-from roofline.execution.inputs import Entry, InputTables
-from roofline.execution.sampling import RowSampler, logprobs_of
+from roofline.execution.inputs import Choice, Entry, InputTables
+from roofline.execution.sampling import OFF, RowSampler, logprobs_of
 from roofline.models.decoder import Decoder, rope_table
 from roofline.ops import KvCache, Ops
 from roofline.ops.cuda import Graphs, Lane, on
@@ -129,7 +129,8 @@ class DeviceRunner:
         tokens, entries = self._tables.fill(plan)
         asking = [entry for entry in entries if entry.samples]
         samplers = [self._sampler(entry.row) for entry in asking]
-        self._tables.sample(asking, samplers)
+        free = [_is_free(s, plan.masks[e.index]) for e, s in zip(asking, samplers, strict=True)]
+        self._tables.sample(asking, samplers, free)
         is_decode = len(asking) == tokens  # a token of every row, and all are sampled
         size = next((size for size in self._sizes if is_decode and size >= tokens), None)
         shape = (size, size) if size else (tokens, len(asking))
@@ -144,7 +145,7 @@ class DeviceRunner:
         pending = _Pending(plan, asking, samplers, lane, {}, {})
         if asking:
             self._prepare(pending, step)
-            program.choose()
+            program.choose(any(sampler.limits != OFF for sampler in samplers))
         lane.fetch(self._arena["result"][: 1 + len(asking)])
         asked = [entry for entry in entries if self._prompt_logprobs(entry.row) != NONE]
         pending.prompt_logprobs = {e.index: self._score_prompt(e, step) for e in asked}
@@ -159,7 +160,7 @@ class DeviceRunner:
             slot = plan.masks[entry.index]
             if sampler.params.logprobs != NONE:
                 pending.raw[entry.index] = program.logits[place].clone()
-            if sampler.is_plain and slot == NONE:
+            if _is_free(sampler, slot):
                 continue
             for earlier in self._pending:  # its last token may be needed
                 earlier.wait()
@@ -241,13 +242,21 @@ class UploadTables(InputTables):
         self._new_blocks.clear()
         return super().fill(plan)
 
-    def sample(self, asking: Sequence[Entry], samplers: Sequence[RowSampler]) -> None:
-        """Say which tokens are sampled, and how."""
+    def sample(
+        self, asking: Sequence[Entry], samplers: Sequence[RowSampler], free: Sequence[bool]
+    ) -> None:
+        """Say which tokens are sampled, and how: what is not `free` the host will divide itself."""
+        choices: list[Choice] = []
         for place, (entry, sampler) in enumerate(zip(asking, samplers, strict=True)):
-            params, position = sampler.params, entry.position + entry.count
+            heat, position = sampler.params.temperature, entry.position + entry.count
             self._host["sampled"][place] = entry.first_token + entry.count - 1
             self._host["choice_rows"][place] = entry.row
-            self.choices.set(place, params.temperature, params.seed, position)
+            divides = free[place] and sampler.limits != OFF
+            self._host["divisor"][place] = heat if divides else 1.0
+            heat = 1.0 if divides else heat
+            choices.append(Choice(*sampler.limits, heat, sampler.signed_seed, position))
+        if choices:
+            self.choices.set(choices)
 
     def write(
         self, upload: Tensor, layout: dict[str, tuple[int, int, str]], entries: Sequence[Entry]
@@ -281,7 +290,12 @@ class UploadTables(InputTables):
 
 
 _OF_TOKENS = ("token_ids", "token_rows", "positions", "slots")
-_PADDING = {"slots": -1}  # of a token of nobody
+_PADDING = {"slots": -1, "divisor": 1, "top_p": 1}  # of a token of nobody; else 0
+
+
+def _is_free(sampler: RowSampler, mask_slot: int) -> bool:
+    """Whether a row's logits reach `Ops.truncate` and `Ops.choose` without the host."""
+    return sampler.is_free and mask_slot == NONE
 
 
 def _not_finite() -> RooflineError:

@@ -195,6 +195,16 @@ class Ops(abc.ABC):
         out.copy_(torch.isfinite(logits).all())
 
     @abc.abstractmethod
+    def truncate(
+        self,
+        logits: Tensor,  # [S, V] float32, divided by temperature; changed in place
+        min_p: Tensor,  # [S] float32; 0 = off
+        top_k: Tensor,  # [S] int64; 0 = off
+        top_p: Tensor,  # [S] float64; 1 = off
+    ) -> None:
+        """Set to -inf what min_p, top_k and top_p leave out, in this order (`ops.truncation`)."""
+
+    @abc.abstractmethod
     def choose(
         self,
         logits: Tensor,  # [S, V] float32; -inf is never chosen

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from roofline.ops import FloatWeight, Int8Weight, KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.noise import choose
+from roofline.ops.truncation import truncate
 
 TILE_TOKENS = 16
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -139,6 +140,12 @@ class ReferenceOps(Ops):
         """See `Ops.norm_head`."""
         x = rms_norm(residual[sampled] + delta[sampled], norm, eps).to(self.dtype)
         out.copy_(self._multiply(x, head))
+
+    def truncate(self, logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> None:
+        """See `Ops.truncate`."""
+        columns = (min_p.tolist(), top_k.tolist(), top_p.tolist())
+        for row, limits in zip(logits, zip(*columns, strict=True), strict=True):
+            truncate(row, *limits)
 
     def choose(
         self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, out: Tensor
