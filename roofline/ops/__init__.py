@@ -21,6 +21,7 @@ class Int8Weight:
     scales: Tensor  # [N, groups] float32
     group: int  # columns that share a scale
     offset: int  # columns of the first group that lie on another rank: g(k) = (k + offset) // group
+    copy: Tensor | None = None  # [N, K] bfloat16, the same matrix for prompts, where one is kept
 
     @property
     def rows(self) -> int:
@@ -96,6 +97,7 @@ class StepInputs:
     query_start: Tensor  # [R + 1] int32, first token of each row
     context_len: Tensor  # [R] int32, tokens of the row's request after this step
     block_table: Tensor  # [R, B] int32
+    longest: int | None = None  # new tokens of a row at most, where the host must know: grids
 
 
 class Ops(abc.ABC):
