@@ -13,6 +13,7 @@ from pathlib import Path
 
 from roofline.config import GROUP_SIZES, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
+from roofline.upload import HOST_BUFFERS, upload_bytes, upload_layout
 
 ITEM_BYTES = {
     "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4,
@@ -21,6 +22,11 @@ ITEM_BYTES = {
 SCALE_BYTES = 4
 LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
+# On a GPU: sums of a matrix whose columns are cut in splits, [splits, tokens, rows] float32, are of
+# at most so many tokens and rows of all splits; a matrix of so many rows at most is turned into
+# floats for the library, and the product before SwiGLU is made for so many tokens at a time.
+SPLIT_TOKENS, PARTIAL_ROWS = 64, 32768
+DEQUANTIZED_ROWS, LIBRARY_TOKENS = 65536, 2048
 ROW_MULTIPLE = 16  # rows of a matrix in memory: the lanes of a SIMD register
 
 NativeGroups = Mapping[str, int]  # group size of each checkpoint tensor that is INT8 on disk
@@ -256,16 +262,16 @@ def plan_step_buffers(
 
 
 def plan_buffers(
-    model: ModelConfig, config: EngineConfig, rank: Rank, step: StepShape
+    model: ModelConfig, config: EngineConfig, rank: Rank, step: StepShape, plan: ModelPlan
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """The arena of the device a model runs on."""
     if config.is_on_gpu:
-        return plan_device_buffers(model, config, rank, step)
+        return plan_device_buffers(model, config, rank, step, plan)
     return plan_step_buffers(model, config.dtype, rank, step)
 
 
 def plan_device_buffers(
-    model: ModelConfig, config: EngineConfig, rank: Rank, step: StepShape
+    model: ModelConfig, config: EngineConfig, rank: Rank, step: StepShape, plan: ModelPlan
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """The arena of a GPU: what a step is told of comes in one upload, and its tokens go as one."""
     buffers = plan_step_buffers(model, config.dtype, rank, step)
@@ -276,56 +282,14 @@ def plan_device_buffers(
     buffers["upload"] = (upload_bytes(layout),), "uint8"
     buffers["last_token"] = (rows + 1,), "int64"  # the last is of padding
     buffers["result"] = (sampled + 1,), "int64"  # tokens, and whether all logits were finite
-    plan = plan_model(model, config.weights, rank, {})
-    whole = max(m.rows * m.columns for layer in plan.layers.values() for m in layer.matrices())
-    room = buffers["scratch"][0][0], -(-whole // 2), gpu_attention_values(model, rank, rows)
-    buffers["scratch"] = (max(room),), "float32"  # one op at a time: a matrix as bfloat16, or so
+    tokens, copied = step.max_num_batched_tokens, config.weights.keeps_bfloat16
+    rooms = (  # of which an op at a time uses one
+        buffers["scratch"][0][0],
+        gpu_scratch_values(plan, tokens, config.dtype, copied),
+        gpu_attention_values(model, rank, rows),
+    )
+    buffers["scratch"] = (max(rooms),), "float32"
     return buffers
-
-
-# What the host writes for a step: kept there, and on a GPU uploaded.
-HOST_BUFFERS = (
-    "token_ids", "positions", "slots", "query_start", "context_len", "sampled", "temperature",
-    "seed", "choice_position", "min_p", "top_k", "top_p", "chosen", "step",
-)  # fmt: skip
-_ALIGNMENT = 64  # bytes
-
-
-def upload_layout(
-    tokens: int, sampled: int, rows: int, new_blocks: int
-) -> dict[str, tuple[int, int, str]]:
-    """The fields of a step's upload, one after the other: name -> (first byte, items, dtype)."""
-    counts = {
-        "query_start": (rows + 1, "int32"),
-        "context_len": (rows, "int32"),
-        "token_ids": (tokens, "int64"),  # -1: the last token of its row
-        "token_rows": (tokens, "int64"),
-        "positions": (tokens, "int64"),
-        "slots": (tokens, "int64"),
-        "sampled": (sampled, "int64"),
-        "temperature": (sampled, "float64"),
-        "seed": (sampled, "int64"),
-        "choice_position": (sampled, "int64"),
-        "choice_rows": (sampled, "int64"),
-        "min_p": (sampled, "float32"),
-        "top_k": (sampled, "int64"),
-        "top_p": (sampled, "float64"),
-        "divisor": (sampled, "float32"),  # of logits, before they are truncated
-        "block_places": (new_blocks, "int64"),  # in the block table, flat
-        "block_ids": (new_blocks, "int32"),
-    }
-    layout: dict[str, tuple[int, int, str]] = {}
-    start = 0
-    for name, (count, dtype) in counts.items():
-        layout[name] = start, count, dtype
-        start += -(-count * ITEM_BYTES[dtype] // _ALIGNMENT) * _ALIGNMENT
-    return layout
-
-
-def upload_bytes(layout: Mapping[str, tuple[int, int, str]]) -> int:
-    """Bytes of an upload."""
-    start, count, dtype = layout["block_ids"]
-    return start + -(-count * ITEM_BYTES[dtype] // _ALIGNMENT) * _ALIGNMENT
 
 
 def gpu_attention_values(model: ModelConfig, rank: Rank, rows: int) -> int:
@@ -338,6 +302,27 @@ def gpu_attention_values(model: ModelConfig, rank: Rank, rows: int) -> int:
 
 
 _MOST_PROGRAMS = 1024  # of attention, at once on a GPU
+
+
+def gpu_scratch_values(plan: ModelPlan, tokens: int, dtype: str, keeps_floats: bool) -> int:
+    """Float32 values that the GPU's linears need on their way, in a step of `tokens` on one rank.
+
+    `keeps_floats`: the copy for long prompts is there, so nothing is dequantised.
+    """
+    item = ITEM_BYTES[dtype]
+    matrices = [matrix for layer in plan.layers.values() for matrix in layer.matrices()]
+    matrices += [m for m in (plan.head or plan.embedding,) if m is not None]
+    padded = -(-tokens // 16) * 16
+    needed = SPLIT_TOKENS * PARTIAL_ROWS
+    for matrix in matrices:
+        room = [tokens * matrix.columns * item, tokens * matrix.columns, padded * matrix.groups * 4]
+        room += [4 * max(SPLIT_TOKENS * PARTIAL_ROWS, tokens * matrix.rows)]  # sums, before RoPE
+        if matrix.rows > DEQUANTIZED_ROWS:  # the head: its sums are the logits themselves
+            room[-1] = 4 * SPLIT_TOKENS * PARTIAL_ROWS
+        elif matrix.group and not keeps_floats:
+            room += [matrix.rows * matrix.columns * item]
+        needed = max(needed, sum(-(-size // 256) * 64 for size in room))
+    return needed
 
 
 def quantized_values(tokens: int, columns: int) -> int:
@@ -468,7 +453,9 @@ class _Sizing:
         step = StepShape(
             limits.max_num_batched_tokens, limits.max_num_seqs, length, limits.block_size
         )
-        return step, buffer_bytes(plan_buffers(self.model, self.config, self.rank, step))
+        return step, buffer_bytes(
+            plan_buffers(self.model, self.config, self.rank, step, self.weights)
+        )
 
     def _block_bytes(self) -> int:
         config = self.config

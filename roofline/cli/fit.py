@@ -208,7 +208,7 @@ class Plan:
             budget.model.weight_bytes
             + budget.model.scale_bytes
             + blocks * kv_block_bytes(self.model, config.kv_dtype, rank, limits.block_size)
-            + buffer_bytes(plan_buffers(self.model, config, rank, step))
+            + buffer_bytes(plan_buffers(self.model, config, rank, step, budget.model))
         )
 
 

@@ -211,9 +211,9 @@ class EngineConfig:
                     raise UsageError(
                         f"prefill_weights 'bfloat16' does nothing with {name} '{other}'; drop one"
                     )
-            if self.dtype == "float32" or self.deterministic:
-                other = "deterministic" if self.deterministic else "dtype float32"
-                raise UsageError(f"prefill_weights 'bfloat16' would round what {other} must not")
+            if self.dtype != "bfloat16" or self.deterministic:
+                other = "deterministic" if self.deterministic else f"dtype {self.dtype}"
+                raise UsageError(f"prefill_weights 'bfloat16' does not go with {other}; drop one")
 
     @property
     def is_on_gpu(self) -> bool:

@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from roofline.budget import upload_layout
 from roofline.execution.arena import Arena
 from roofline.execution.inputs import step_inputs
 from roofline.models.decoder import Buffers, Decoder
 from roofline.ops import KvCache, Ops
 from roofline.ops.cuda import Graphs
+from roofline.upload import upload_layout
 
 
 class DeviceProgram:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roofline.budget import upload_bytes, upload_layout
 from roofline.errors import RooflineError
 from roofline.execution.arena import Arena
 from roofline.execution.device_program import (
@@ -29,6 +28,7 @@ from roofline.ops import KvCache, Ops
 from roofline.ops.cuda import Graphs, Lane, on
 from roofline.request import TokenLogprobs
 from roofline.scheduling.plan import NONE, ON_DEVICE, StepPlan, StepResult
+from roofline.upload import Layout, upload_bytes, upload_layout
 
 MAX_IN_FLIGHT = 2
 
@@ -170,7 +170,7 @@ class DeviceRunner:
             program.logits[place].copy_(row)
             program.fields["temperature"][place].fill_(temperature)
 
-    def _extend_block_table(self, layout: dict[str, tuple[int, int, str]]) -> None:
+    def _extend_block_table(self, layout: Layout) -> None:
         if self._tables.num_new_blocks:
             places, blocks = (
                 view(self._arena["upload"], *layout[n]) for n in ("block_places", "block_ids")
@@ -258,9 +258,7 @@ class UploadTables(InputTables):
         if choices:
             self.choices.set(choices)
 
-    def write(
-        self, upload: Tensor, layout: dict[str, tuple[int, int, str]], entries: Sequence[Entry]
-    ) -> None:
+    def write(self, upload: Tensor, layout: Layout, entries: Sequence[Entry]) -> None:
         """Write the step into an upload; beyond its tokens and samples it is padded."""
         tokens = entries[-1].first_token + entries[-1].count
         sampled = sum(entry.samples for entry in entries)

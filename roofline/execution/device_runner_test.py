@@ -87,7 +87,7 @@ class RunsAhead:
         decoder = Decoder(MODEL, self.budget.model, Mesh.single(), source)
         rank, step = Mesh.single().rank, self.budget.step
         self.cache = kv_cache.allocate(MODEL, config.kv_dtype, rank, self.budget.num_blocks, 8)
-        buffers = arena.allocate(plan_device_buffers(MODEL, config, rank, step))
+        buffers = arena.allocate(plan_device_buffers(MODEL, config, rank, step, self.budget.model))
         self.ops = Watched(torch.bfloat16, buffers["scratch"])
         self.ops.sizes = []
         self.runner = DeviceRunner(decoder, self.ops, self.cache, buffers, graphs=graphs)

@@ -55,7 +55,8 @@ class InProcessWorkers:
             cache = kv_cache.allocate(
                 model, config.kv_dtype, mesh.rank, budget.num_blocks, budget.step.block_size, device
             )
-            buffers = arena.allocate(plan_buffers(model, config, mesh.rank, budget.step), device)
+            planned = plan_buffers(model, config, mesh.rank, budget.step, budget.model)
+            buffers = arena.allocate(planned, device)
             ops = backend.ops(getattr(torch, config.dtype), buffers)
             runner = _make_runner(config, decoder, ops, cache, buffers)
         self.max_in_flight = MAX_IN_FLIGHT if isinstance(runner, DeviceRunner) else 1

@@ -14,7 +14,7 @@ from roofline.budget import MatrixPlan, ModelPlan
 from roofline.config import ModelConfig
 from roofline.models.checkpoints.tensors import NORM
 from roofline.models.layers import VECTORS, LayerWeights, Source, load_layer, load_table
-from roofline.ops import FloatWeight, Int8Weight, KvCache, Ops, StepInputs, Weight
+from roofline.ops import FloatWeight, KvCache, Ops, StepInputs, Weight
 from roofline.parallel.mesh import Mesh
 
 
@@ -143,6 +143,6 @@ def _matrix_tensors(name: str, weight: Weight | None) -> dict[str, Tensor]:
     found = {f"{name}.values": weight.values}
     if not isinstance(weight, FloatWeight) and weight.scales is not None:
         found[f"{name}.scales"] = weight.scales
-    if isinstance(weight, Int8Weight) and weight.copy is not None:
+    if not isinstance(weight, FloatWeight) and weight.copy is not None:
         found[f"{name}.copy"] = weight.copy
     return found

@@ -49,6 +49,7 @@ class PackedWeight:
     scales: Tensor | None  # [N * groups] float32, of int8
     rows: int  # output channels, N
     layout: object
+    copy: Tensor | None = None  # [N, K] bfloat16, as of `Int8Weight`
 
 
 Weight = Int8Weight | FloatWeight | PackedWeight

@@ -44,7 +44,7 @@ def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend
     """
     int8_activations = config.activations == "int8"
     if config.is_on_gpu:
-        return Backend("gpu", None, keep, None, partial(_gpu_ops, config))
+        return _gpu(config, model)
     if config.cpu_isa == "reference":
         return _reference(None, int8_activations)
     library = _open(config)
@@ -82,15 +82,34 @@ def _native_ops(pool: Pool, dtype: torch.dtype, arena: Arena) -> Ops:
     return NativeOps(dtype, arena["scratch"], arena["step"], pool)
 
 
-def _gpu_ops(config: EngineConfig, dtype: torch.dtype, arena: Arena) -> Ops:
+def _gpu(config: EngineConfig, model: ModelConfig) -> Backend:
     """Triton is imported here: where there is no GPU it may be missing."""
-    gpu = importlib.import_module("roofline.ops.gpu.ops")
-    return gpu.GpuOps(
-        dtype,
-        arena["scratch"],
-        deterministic=config.deterministic,
-        int8_activations=config.activations == "int8",
+    attention, gpu_ops, layout = (
+        importlib.import_module(f"roofline.ops.gpu.{name}")
+        for name in ("attention", "gpu_ops", "layout")
     )
+    heads = attention.Heads(model.num_heads, model.num_kv_heads, model.head_dim)
+
+    def pack(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
+        return layout.pack(
+            weight,
+            paired,
+            dtype=getattr(torch, config.dtype),
+            int8_activations=config.activations == "int8",
+            deterministic=config.deterministic,
+        )
+
+    def ops(dtype: torch.dtype, arena: Arena) -> Ops:
+        tasks = attention.make_tasks(
+            heads,
+            getattr(torch, config.kv_dtype),
+            config.limits.max_num_seqs,
+            arena["scratch"].device,
+            deterministic=config.deterministic,
+        )
+        return gpu_ops.GpuOps(dtype, arena["scratch"], tasks, model.sliding_window)
+
+    return Backend("gpu", None, pack, None, ops)
 
 
 def _open(config: EngineConfig) -> Library | str:

@@ -1,0 +1,178 @@
+"""The launchers of linears: which kernel multiplies how many tokens, and what it is given.
+
+One token: `gemv`. Up to 64: `tiles`, and `sum_splits` where K was cut. Long prompts: the library,
+by a matrix that is kept as floats or dequantised into a buffer; in INT8 activations, and where a
+token's bits may not depend on the others, `tiles` at every size.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from roofline.budget import LIBRARY_TOKENS
+from roofline.ops import PackedWeight
+from roofline.ops.gpu import lookup, norms, tiles
+from roofline.ops.gpu.gemv import gemv
+from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, layout_of
+from roofline.ops.gpu.room import Room
+
+SUM_BLOCK = 1024
+QUANTIZED_COLUMNS = 1024  # that a program rounds, at least
+
+
+class Linears:
+    """Products of tokens with packed matrices, on one device."""
+
+    def __init__(self, pdl: bool) -> None:
+        self.pdl = pdl  # kernels start before the one before them has ended
+
+    def multiply(
+        self,
+        x: Tensor,  # [T, K] activation dtype
+        weight: PackedWeight,
+        out: Tensor,  # [T, N], or [T, N / 2] of a pair: silu(gate) * up
+        room: Room,
+        infinite: Tensor | None = None,  # [1] int32, set where a product is NaN or infinite
+    ) -> None:
+        """Write the product, in the dtype of `out`."""
+        layout, tokens = layout_of(weight), len(x)
+        if layout.library_tokens is not None and tokens >= layout.library_tokens:
+            assert infinite is None
+            self._library(x, weight, out, room)
+            return
+        x, steps = self._rounded(x, layout, room)
+        if tokens == 1 and layout.gemv is not None:
+            self.gemv(x, steps, weight, out, infinite, layout.gemv)
+            return
+        plan = layout.tiles_of(tokens)
+        if plan.splits == 1:
+            self.tiles(x, steps, weight, out, infinite, plan)
+            return
+        partial = room.take((plan.splits, tokens, weight.rows), torch.float32)
+        self.tiles(x, steps, weight, partial, infinite, plan)
+        self.sum_splits(partial, out)
+
+    def multiply_in_parts(self, x: Tensor, weight: PackedWeight, room: Room) -> Tensor:
+        """The product [splits, T, N] float32 that is yet to be added up, as the next kernel may."""
+        layout, tokens = layout_of(weight), len(x)
+        splits = 1
+        if tokens > 1 or layout.gemv is None:
+            splits = layout.tiles_of(tokens).splits
+        if splits == 1:
+            out = room.take((1, tokens, weight.rows), torch.float32)
+            self.multiply(x, weight, out[0], room)
+            return out
+        x, steps = self._rounded(x, layout, room)
+        out = room.take((splits, tokens, weight.rows), torch.float32)
+        self.tiles(x, steps, weight, out, None, layout.tiles_of(tokens))
+        return out
+
+    def gemv(
+        self,
+        x: Tensor,  # [1, K] activation dtype, or int8
+        steps: Tensor | None,
+        weight: PackedWeight,
+        out: Tensor,
+        infinite: Tensor | None,
+        plan: GemvPlan,
+    ) -> None:
+        """One token."""
+        layout = layout_of(weight)
+        count = -(-layout.chunks // plan.chunks)
+        gemv[(triton.cdiv(weight.rows, plan.rows),)](
+            x, steps, weight.values, weight.scales, out, infinite,
+            weight.rows, layout.columns, layout.groups, 0 if steps is None else steps.stride(0),
+            ROWS=plan.rows, CHUNKS=plan.chunks, CHUNK=layout.chunk, STEPS=count,
+            SHIFT=layout.shift, OFFSET=layout.offset, GROUP=layout.group,
+            EVEN=layout.is_even(count * plan.chunks), PAIRED=layout.paired,
+            PDL=self.pdl, launch_pdl=self.pdl, num_warps=plan.warps,
+        )  # fmt: skip
+
+    def tiles(
+        self,
+        x: Tensor,  # [T, K] activation dtype, or int8
+        steps: Tensor | None,
+        weight: PackedWeight,
+        out: Tensor,  # [T, N], or [splits, T, N] float32
+        infinite: Tensor | None,
+        plan: TilesPlan,
+    ) -> None:
+        """Any number of tokens."""
+        layout, tokens = layout_of(weight), len(x)
+        count = -(-layout.chunks // plan.splits)
+        grid = (triton.cdiv(tokens, plan.tokens), triton.cdiv(weight.rows, plan.rows), plan.splits)
+        tiles.tiles[grid](
+            x, steps, weight.values, weight.scales, out, infinite,
+            tokens, weight.rows, layout.columns, layout.groups,
+            0 if steps is None else steps.stride(0), out.stride(-2),
+            SPLIT_CHUNKS=count, ROWS=plan.rows, TOKENS=plan.tokens, CHUNK=layout.chunk,
+            SHIFT=layout.shift, OFFSET=layout.offset, GROUP=layout.group,
+            EVEN=layout.is_even(count * plan.splits), PAIRED=layout.paired, PREFETCHED_LINES=4,
+            PDL=self.pdl, launch_pdl=self.pdl, num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
+
+    def sum_splits(self, partial: Tensor, out: Tensor) -> None:
+        """Add partial sums [splits, T, N] to out [T, N]."""
+        assert out.is_contiguous()
+        grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
+        tiles.sum_splits[grid](
+            partial, out, out.numel(), SPLITS=len(partial), BLOCK=SUM_BLOCK,
+            PDL=self.pdl, launch_pdl=self.pdl,
+        )  # fmt: skip
+
+    def dequantize(self, weight: PackedWeight, out: Tensor) -> None:
+        """Write the matrix [N, K] as floats."""
+        layout = layout_of(weight)
+        chunks = max(1, 1024 // layout.chunk)
+        grid = (triton.cdiv(weight.rows, 4), triton.cdiv(layout.chunks, chunks))
+        lookup.dequantize[grid](
+            weight.values, weight.scales, out, weight.rows, layout.columns, layout.groups,
+            ROWS=4, CHUNKS=chunks, CHUNK=layout.chunk, SHIFT=layout.shift, OFFSET=layout.offset,
+            GROUP=layout.group, PDL=self.pdl, launch_pdl=self.pdl,
+        )  # fmt: skip
+
+    def _rounded(self, x: Tensor, layout: Layout, room: Room) -> tuple[Tensor, Tensor | None]:
+        """The input as it is multiplied: as it is, or INT8 with steps [G, T and more] float32."""
+        assert x.is_contiguous()
+        if not layout.rounds_activations:
+            return x, None
+        tokens, columns = x.shape
+        values = room.take((tokens, columns), torch.int8)
+        steps = room.take((layout.groups, -(-tokens // 16) * 16), torch.float32)
+        wide = triton.next_power_of_2(layout.group or columns)
+        groups = max(1, QUANTIZED_COLUMNS // wide)
+        norms.quantize[(tokens, triton.cdiv(layout.groups, groups))](
+            x, values, steps, columns, layout.groups, steps.stride(0),
+            OFFSET=layout.offset, GROUP=layout.group, COLUMNS=wide, GROUPS=groups,
+            PDL=self.pdl, launch_pdl=self.pdl, num_warps=4 if wide <= 4096 else 8,
+        )  # fmt: skip
+        return values, steps
+
+    def _library(self, x: Tensor, weight: PackedWeight, out: Tensor, room: Room) -> None:
+        """By cuBLAS; the product of a pair in slices, as it is twice as wide as what it becomes."""
+        layout = layout_of(weight)
+        floats = weight.values if weight.scales is None else layout.floats
+        if floats is None:
+            floats = room.take((weight.rows, layout.columns), x.dtype)
+            self.dequantize(weight, floats)
+        if not layout.paired:
+            _matrix_product(x, floats, out)
+            return
+        both = room.take((min(len(x), LIBRARY_TOKENS), weight.rows), x.dtype)
+        for start in range(0, len(x), LIBRARY_TOKENS):
+            part, done = x[start : start + LIBRARY_TOKENS], out[start : start + LIBRARY_TOKENS]
+            _matrix_product(part, floats, both[: len(part)])
+            channels = weight.rows // 2
+            norms.swiglu[(len(part), triton.cdiv(channels, SUM_BLOCK))](
+                both, done, channels, BLOCK=SUM_BLOCK, PDL=self.pdl, launch_pdl=self.pdl
+            )
+
+
+def _matrix_product(x: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """x [T, K] times the transpose of matrix [N, K], in the dtype of out [T, N]."""
+    if out.dtype == x.dtype:
+        torch.mm(x, matrix.t(), out=out)
+    elif x.is_cuda:
+        torch.ops.aten.mm.dtype_out(x, matrix.t(), out.dtype, out=out)
+    else:  # torch has no such product on the CPU, where the interpreter runs
+        out.copy_(x.to(out.dtype) @ matrix.t().to(out.dtype))

@@ -1,0 +1,52 @@
+"""What every Triton kernel shares: the interpreter's limits and programmatic dependent launch.
+
+With dependent launch (PDL) a kernel starts while the one before it still runs, so that its first
+weights are on their way when its inputs are ready. What keeps this correct: every kernel of a chain
+calls `wait_for_previous` in every program; before that it reads nothing but weights and writes
+nothing; and its launcher passes the same `PDL` as constexpr and as `launch_pdl`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Kernels run on the CPU, one program after the other: TRITON_INTERPRET=1 when this was imported.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def supports_pdl(device: torch.device) -> bool:
+    """Whether kernels on a device may be launched with PDL: compute capability 9.0 and later."""
+    if INTERPRETED.value or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Allow the next kernel's programs onto the device; they wait for this kernel's end."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the kernel before has ended and its writes are seen."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def to_operand(x, dtype: tl.constexpr):
+    """INT8 as the floats it is multiplied with."""
+    if INTERPRETED:  # its bfloat16 of an integer is a bit pattern
+        return x.to(tl.float32)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b: float32 sums of floats, int32 sums of int8."""
+    if INTERPRETED and a.dtype != tl.int8:  # its bfloat16 dot multiplies bit patterns
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
