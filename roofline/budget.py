@@ -13,10 +13,11 @@ from pathlib import Path
 
 from roofline.config import GROUP_SIZES, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
+from roofline.upload import HOST_BUFFERS, upload_bytes, upload_layout
 
 ITEM_BYTES = {
-    "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
-    "int32": 4, "int64": 8,
+    "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4,
+    "float64": 8, "int32": 4, "int64": 8,
 }  # fmt: skip
 SCALE_BYTES = 4
 LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
@@ -60,6 +61,7 @@ class MatrixPlan:
     group: int  # columns that share a scale; 0: floats of `dtype`
     offset: int  # columns of the first group that lie on another rank
     dtype: str
+    keeps_bfloat16: bool = False  # beside INT8
 
     @property
     def groups(self) -> int:
@@ -71,6 +73,11 @@ class MatrixPlan:
         """Bytes of the values, without scales."""
         size = 1 if self.group else ITEM_BYTES[self.dtype]
         return padded_rows(self.rows) * self.columns * size
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the bfloat16 copy of INT8."""
+        return self.rows * self.columns * 2 if self.group and self.keeps_bfloat16 else 0
 
     @property
     def scale_bytes(self) -> int:
@@ -113,8 +120,9 @@ class ModelPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Matrices without their scales, and the vectors."""
-        return sum(m.weight_bytes for m in self.matrices()) + 4 * self.vector_values
+        """Matrices without their scales but with their copies, and the vectors."""
+        held = sum(m.weight_bytes + m.copy_bytes for m in self.matrices())
+        return held + 4 * self.vector_values
 
     @property
     def scale_bytes(self) -> int:
@@ -174,7 +182,8 @@ def _plan_layer(
         group = weights.group(columns, natives.pop() if len(natives) == 1 else None)
         offset = cut.start % group if group else 0
         name = layer_tensor(layer, "+".join(pieces))
-        return MatrixPlan(name, rows, len(cut), group, offset, weights.dtype)
+        copied = weights.keeps_bfloat16
+        return MatrixPlan(name, rows, len(cut), group, offset, weights.dtype, copied)
 
     whole = range(hidden)
     heads = range(query.start * dim, query.stop * dim)
@@ -242,12 +251,57 @@ def plan_step_buffers(
         buffers["sampled"] = ((sampled,), "int64")
         buffers["logits"] = ((sampled, model.vocab_size), "float32")
         buffers["temperature"] = ((sampled,), "float64")
-        for name in ("seed", "choice_position", "chosen"):
+        buffers["min_p"] = ((sampled,), "float32")
+        buffers["top_p"] = ((sampled,), "float64")
+        for name in ("top_k", "seed", "choice_position", "chosen"):
             buffers[name] = ((sampled,), "int64")
         if parallel.tensor_parallel_size > 1:
             vocabulary = len(parallel.vocabulary(model, tp))
             buffers["logits_shard"] = ((sampled, vocabulary), "float32")
     return buffers
+
+
+def plan_buffers(
+    model: ModelConfig, config: EngineConfig, rank: Rank, step: StepShape, plan: ModelPlan
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arena of the device a model runs on."""
+    if config.is_on_gpu:
+        return plan_device_buffers(model, config, rank, step, plan)
+    return plan_step_buffers(model, config.dtype, rank, step)
+
+
+def plan_device_buffers(
+    model: ModelConfig, config: EngineConfig, rank: Rank, step: StepShape, plan: ModelPlan
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arena of a GPU: what a step is told of comes in one upload, and its tokens go as one."""
+    buffers = plan_step_buffers(model, config.dtype, rank, step)
+    rows, sampled = step.max_num_seqs, max(step.max_num_seqs, LOGIT_ROWS)
+    for name in HOST_BUFFERS:
+        buffers.pop(name, None)
+    layout = upload_layout(step.max_num_batched_tokens, sampled, rows, rows * step.blocks_per_row)
+    buffers["upload"] = (upload_bytes(layout),), "uint8"
+    buffers["last_token"] = (rows + 1,), "int64"  # the last is of padding
+    buffers["result"] = (sampled + 1,), "int64"  # tokens, and whether all logits were finite
+    tokens, copied = step.max_num_batched_tokens, config.weights.keeps_bfloat16
+    rooms = (  # of which an op at a time uses one
+        buffers["scratch"][0][0],
+        gpu_scratch_values(plan, tokens, config.dtype, copied),
+        gpu_attention_values(model, rank, rows),
+    )
+    buffers["scratch"] = (max(rooms),), "float32"
+    return buffers
+
+
+def gpu_attention_values(model: ModelConfig, rank: Rank, rows: int) -> int:
+    """Float32 values of partial sums while rows are cut into spans for every multiprocessor."""
+    kv_heads = len(rank.parallel.kv_heads(model, rank.tp_rank))
+    shared = 1 << (model.num_heads // model.num_kv_heads - 1).bit_length()
+    spans = rows + 2 * -(-_MOST_PROGRAMS // kv_heads)
+    width = 1 << (model.head_dim - 1).bit_length()
+    return spans * kv_heads * max(16, shared) * (max(16, width) + 2)
+
+
+_MOST_PROGRAMS = 1024  # of attention, at once on a GPU
 
 
 def gpu_scratch_values(plan: ModelPlan, tokens: int, dtype: str, keeps_floats: bool) -> int:
@@ -370,7 +424,8 @@ class _Sizing:
         step, activation_bytes = self._step(length)
         block_bytes = self._block_bytes()
         room = self._kv_room(activation_bytes, available_bytes)
-        blocks = min(room // block_bytes, self.config.max_num_seqs * step.blocks_per_row)
+        rows = self.config.limits.max_num_seqs
+        blocks = min(room // block_bytes, rows * step.blocks_per_row)
         if blocks < step.blocks_per_row:
             return None
         return RankBudget(self.weights, step, blocks, blocks * block_bytes, activation_bytes)
@@ -394,20 +449,22 @@ class _Sizing:
         )
 
     def _step(self, length: int) -> tuple[StepShape, int]:
-        config = self.config
+        limits = self.config.limits
         step = StepShape(
-            config.max_num_batched_tokens, config.max_num_seqs, length, config.block_size
+            limits.max_num_batched_tokens, limits.max_num_seqs, length, limits.block_size
         )
-        buffers = plan_step_buffers(self.model, config.dtype, self.rank, step)
-        return step, buffer_bytes(buffers)
+        return step, buffer_bytes(
+            plan_buffers(self.model, self.config, self.rank, step, self.weights)
+        )
 
     def _block_bytes(self) -> int:
-        return kv_block_bytes(self.model, self.config.dtype, self.rank, self.config.block_size)
+        config = self.config
+        return kv_block_bytes(self.model, config.kv_dtype, self.rank, config.limits.block_size)
 
     def _kv_room(self, activation_bytes: int, available_bytes: int) -> int:
         if self.config.kv_cache_memory_bytes is not None:
             return self.config.kv_cache_memory_bytes
-        budget = int(available_bytes * self.config.gpu_memory_utilization)
+        budget = int(available_bytes * self.config.limits.memory_share)
         return budget - self.weights.weight_bytes - self.weights.scale_bytes - activation_bytes
 
 
@@ -417,6 +474,7 @@ def step_read_bytes(plan: ModelPlan, rank: Rank) -> int:
     if rank.is_last_stage and plan.head is None:
         lookup_only = None  # tied: the head reads it whole
     unread = lookup_only.weight_bytes + lookup_only.scale_bytes if lookup_only else 0
+    unread += sum(matrix.copy_bytes for matrix in plan.matrices())
     return plan.weight_bytes + plan.scale_bytes - unread
 
 

@@ -48,8 +48,9 @@ def latency(
     counts = {"num_iters": num_iters, "num_iters_warmup": num_iters_warmup}
     _check(sizes | counts)
     config = EngineConfig.from_options(given, os.environ, _defaults(batch_size))
-    if config.max_num_seqs < batch_size:
-        raise UsageError(f"batch_size {batch_size} is more than max_num_seqs {config.max_num_seqs}")
+    rows = config.limits.max_num_seqs
+    if rows < batch_size:
+        raise UsageError(f"batch_size {batch_size} is more than max_num_seqs {rows}")
     started = time.monotonic()
     with roofline.LLM.from_config(model, config) as llm:
         load_s = time.monotonic() - started
@@ -176,9 +177,8 @@ def _timed(
 
 
 def _defaults(batch_size: int) -> dict[str, int]:
-    """A row for every prompt, and in a step a token for every row."""
-    tokens = max(batch_size, EngineConfig.max_num_batched_tokens)
-    return {"max_num_seqs": batch_size, "max_num_batched_tokens": tokens}
+    """A row for every prompt."""
+    return {"max_num_seqs": batch_size}
 
 
 def _check(counts: dict[str, int]) -> None:

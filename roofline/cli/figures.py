@@ -28,7 +28,9 @@ class Decoding:
         rates = [rate for rate in map(_tokens_per_s, outputs) if rate is not None]
         contexts = [len(o.prompt_token_ids) + len(o.outputs[0].token_ids) / 2 for o in outputs]
         weights = budget.step_read_bytes(llm.budget.model, budget.Rank()) / len(outputs)
-        kv = statistics.fmean(contexts) * budget.kv_token_bytes(llm.model_config, llm.config.dtype)
+        kv = statistics.fmean(contexts) * budget.kv_token_bytes(
+            llm.model_config, llm.config.kv_dtype
+        )
         return cls(statistics.median(rates) if rates else None, weights + kv)
 
     def read_gb_s(self, sequences: int = 1) -> float | None:
@@ -70,7 +72,7 @@ def bytes_read(
         for o in outputs
     )
     weights = num_steps * budget.step_read_bytes(llm.budget.model, budget.Rank())
-    return weights + kv_tokens * budget.kv_token_bytes(llm.model_config, llm.config.dtype)
+    return weights + kv_tokens * budget.kv_token_bytes(llm.model_config, llm.config.kv_dtype)
 
 
 def one_line(report: Mapping[str, Any]) -> str:

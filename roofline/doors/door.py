@@ -54,6 +54,9 @@ class Door:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
+        config, unused = execution.devices.resolve(config)
+        if unused is not None:
+            tell(f"the CPU runs this, not the GPU: {unused}")
         opened = open_model(model, config)
         shape = opened.config
         try:
@@ -175,11 +178,12 @@ def _check_template_kwargs(variables: object) -> None:
 def _scheduler_config(
     config: EngineConfig, budget: RankBudget, model: ModelConfig
 ) -> SchedulerConfig:
+    limits = config.limits
     return SchedulerConfig(
         num_blocks=budget.num_blocks,
-        block_tokens=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_tokens=limits.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len=budget.step.max_model_len,
         vocab_size=model.vocab_size,
         enable_prefix_caching=config.enable_prefix_caching,

@@ -17,6 +17,10 @@ from roofline.ops.cpu.native import NativeOps
 class Program(Protocol):
     """The three parts of a step, on what the arena holds."""
 
+    def run(self, tokens: int, sampled: int) -> bool:
+        """All three, where nothing is asked between them; whether the logits were finite."""
+        ...
+
     def forward(self, tokens: int) -> None:
         """Run the layers on the step's tokens."""
         ...
@@ -26,7 +30,7 @@ class Program(Protocol):
         ...
 
     def choose(self, sampled: int) -> None:
-        """Pick a token from each of those rows of logits."""
+        """Truncate those rows of logits and pick a token from each."""
         ...
 
 
@@ -38,6 +42,15 @@ class EagerProgram:
     ops: Ops
     kv_cache: KvCache
     arena: Arena
+
+    def run(self, tokens: int, sampled: int) -> bool:
+        """See `Program`."""
+        self.forward(tokens)
+        self.head(sampled)
+        if not self.ops.all_finite(self.arena["logits"][:sampled]):
+            return False
+        self.choose(sampled)
+        return True
 
     def forward(self, tokens: int) -> None:
         """See `Program`."""
@@ -54,8 +67,11 @@ class EagerProgram:
 
     def choose(self, sampled: int) -> None:
         """See `Program`."""
-        names = "logits", "temperature", "seed", "choice_position", "chosen"
-        self.ops.choose(*(self.arena[name][:sampled] for name in names))
+        logits = self.arena["logits"][:sampled]
+        limits = "min_p", "top_k", "top_p"
+        self.ops.truncate(logits, *(self.arena[name][:sampled] for name in limits))
+        names = "temperature", "seed", "choice_position", "chosen"
+        self.ops.choose(logits, *(self.arena[name][:sampled] for name in names))
 
     def _buffers(self, tokens: int) -> Buffers:
         names = "residual", "delta", "query", "attended", "activated"
@@ -63,17 +79,28 @@ class EagerProgram:
 
 
 class TapeProgram:
-    """The same ops recorded by the native backend; a part is one call."""
+    """The same ops recorded by the native backend; a part is one call, and so are all three."""
 
     def __init__(self, eager: EagerProgram, ops: NativeOps) -> None:
-        arena = eager.arena
+        tokens, sampled = len(eager.arena["token_ids"]), len(eager.arena["sampled"])
         with ops.record(eager) as self._forward:
-            eager.forward(len(arena["token_ids"]))
+            eager.forward(tokens)
         with ops.record(eager) as self._head:
-            eager.head(len(arena["sampled"]))
+            eager.head(sampled)
         with ops.record(eager) as self._choose:
-            eager.choose(len(arena["sampled"]))
-        self._ops, self._rows = ops, len(arena["context_len"])
+            eager.choose(sampled)
+        with ops.record(eager) as self._whole:
+            eager.forward(tokens)
+            eager.head(sampled)
+            eager.choose(sampled)
+        self._ops, self._rows = ops, len(eager.arena["context_len"])
+        self._logits = eager.arena["logits"]
+
+    def run(self, tokens: int, sampled: int) -> bool:
+        """See `Program`."""
+        self._ops.set_sizes(tokens, sampled, self._rows)
+        self._whole.play()
+        return self._ops.all_finite(self._logits)
 
     def forward(self, tokens: int) -> None:
         """See `Program`."""

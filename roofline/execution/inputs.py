@@ -1,6 +1,8 @@
 """From a plan to the device-side tables: who computes which tokens, and where their KV goes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -84,8 +86,8 @@ class InputTables:
         views["slots"][at] = block * size + position % size
 
 
-def step_inputs(arena: Arena, tokens: int) -> StepInputs:
-    """The inputs of a step of so many tokens."""
+def step_inputs(arena: Arena, tokens: int, longest: int | None = None) -> StepInputs:
+    """The inputs of a step of so many tokens, of which a row has `longest` at most."""
     return StepInputs(
         token_ids=arena["token_ids"][:tokens],
         positions=arena["positions"][:tokens],
@@ -93,22 +95,34 @@ def step_inputs(arena: Arena, tokens: int) -> StepInputs:
         query_start=arena["query_start"],
         context_len=arena["context_len"],
         block_table=arena["block_table"],
+        longest=longest,
     )
 
 
+class Choice(NamedTuple):
+    """How the token of one row of logits is chosen."""
+
+    min_p: float
+    top_k: int
+    top_p: float
+    temperature: float
+    seed: int  # signed: the bits of an unsigned number
+    position: int
+
+
 class Choices:
-    """What `Ops.choose` is told of each sampled token, and what it answers."""
+    """What `Ops.truncate` and `Ops.choose` are told of each sampled token, and what is chosen."""
 
     def __init__(self, arena: Arena) -> None:
-        names = "temperature", "seed", "choice_position", "chosen"
-        views = (arena[name].numpy() for name in names)
-        self._temperature, self._seed, self._position, self._chosen = views
+        names = "min_p", "top_k", "top_p", "temperature", "seed", "choice_position"
+        self._columns = [arena[name].numpy() for name in names]
+        self._chosen = arena["chosen"].numpy()
         self.last_token = arena["last_token"].numpy()
 
-    def set(self, place: int, temperature: float, seed: int, position: int) -> None:
-        """Say how the token of one row of logits is chosen."""
-        self._temperature[place], self._position[place] = temperature, position
-        self._seed[place] = seed - (1 << 64) if seed >= 1 << 63 else seed
+    def set(self, rows: Sequence[Choice]) -> None:
+        """Say how the tokens of the first rows of logits are chosen."""
+        for column, values in zip(self._columns, zip(*rows, strict=True), strict=True):
+            column[: len(rows)] = values
 
     def chosen(self, count: int) -> list[int]:
         """The first `count` tokens."""

@@ -1,6 +1,7 @@
 """The KV cache: one pool a model, allocated at start. Who owns which block is the scheduler's."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,17 +14,25 @@ from roofline.ops import KvCache
 
 
 def allocate(
-    model: ModelConfig, dtype: str, rank: Rank, num_blocks: int, block_size: int
+    model: ModelConfig,
+    dtype: str,
+    rank: Rank,
+    num_blocks: int,
+    block_size: int,
+    device: torch.device | None = None,
 ) -> KvCache:
     """A zeroed cache of one rank: values of `dtype`, and scales beside int8 and float8_e4m3fn.
 
-    The pages come from the kernel untouched (calloc), so a block costs memory when first written.
+    On the host the pages come from the kernel untouched (calloc), so a block costs memory when
+    it is first written.
     """
     layers = len(rank.parallel.layers(model, rank.stage))
     heads = len(rank.parallel.kv_heads(model, rank.tp_rank))
     shape = (layers, 2, num_blocks, heads, block_size, model.head_dim)
-    values = _zeros(shape, getattr(torch, dtype))
-    return KvCache(values, _zeros(shape[:-1], torch.float32) if is_quantized(dtype) else None)
+    zeros = partial(torch.zeros, device=device) if device and device.type != "cpu" else _zeros
+    values = zeros(shape, dtype=getattr(torch, dtype))
+    scales = zeros(shape[:-1], dtype=torch.float32) if is_quantized(dtype) else None
+    return KvCache(values, scales)
 
 
 def tensors(cache: KvCache) -> list[Tensor]:

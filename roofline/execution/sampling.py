@@ -1,4 +1,4 @@
-"""From logits to tokens: masks, penalties, truncation, and counter-based noise.
+"""From logits to tokens: masks, penalties, then the ops `truncate` and `choose`.
 
 A token depends on its own logits, its request's parameters, seed and position, and on nothing
 else: noise[v] = Gumbel(Philox(key = seed, counter = (position, v))), token = argmax of
@@ -7,17 +7,29 @@ Order of steps as vLLM's sampler; logprobs are of the raw logits.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from roofline.request import TokenLogprobs
-from roofline.scheduling.plan import RowStart
+from roofline.scheduling.plan import NONE, RowStart
 
 # [256, 8] float32: what to add to eight logits for each byte of a mask. Five times as fast as
 # unpacking the bits and filling by them.
 _EIGHT = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0, -np.inf).astype(np.float32)
+
+
+class Limits(NamedTuple):
+    """What `Ops.truncate` is told of a row."""
+
+    min_p: float
+    top_k: int
+    top_p: float
+
+
+OFF = Limits(0.0, 0, 1.0)
 
 
 class RowSampler:
@@ -25,27 +37,36 @@ class RowSampler:
 
     def __init__(self, start: RowStart) -> None:
         self.params = start
+        self.signed_seed = start.seed - (1 << 64) if start.seed >= 1 << 63 else start.seed
         self.history = list(start.history)  # prompt and output, where the plan says they are needed
-        # Whether the token depends on nothing but logits, temperature and noise.
-        self._is_plain = start == RowStart(
+        given = Limits(start.min_p, start.top_k, start.top_p)
+        self.limits = given if start.temperature else OFF  # for `Ops.truncate`
+        # Whether the token depends on nothing but logits, limits, temperature and noise.
+        self.is_free = start == RowStart(
             row=start.row,
             num_prompt=start.num_prompt,
             seed=start.seed,
             temperature=start.temperature,
+            min_p=start.min_p,
+            top_k=start.top_k,
+            top_p=start.top_p,
             logprobs=start.logprobs,
             prompt_logprobs=start.prompt_logprobs,
             history=start.history,
         )
+        # Whether logits, once computed, are ready for `Ops.choose`, and nobody else wants them.
+        self.is_plain = self.is_free and self.limits == OFF and start.logprobs == NONE
 
     def prepare(self, logits: Tensor, position: int, mask: bytes | None = None) -> float:
-        """Make logits [V] float32 ready for `Ops.choose`; return the temperature to give it.
+        """Make logits [V] float32 ready for `Ops.truncate` and `Ops.choose`.
 
-        Bit i % 8 of byte i // 8 of a mask says whether the token at `position` may be token i.
+        Returns the temperature to choose at, which the limits do not change. Bit i % 8 of byte
+        i // 8 of a mask says whether the token at `position` may be token i.
         """
         params = self.params
         _keep_allowed(logits, params, mask)
-        if self._is_plain and (mask is None or _is_any_left(logits)):
-            return params.temperature
+        if self.is_free and (mask is None or _is_any_left(logits)):
+            return self._heat(logits)
         if params.logit_bias:
             tokens, biases = zip(*params.logit_bias, strict=True)
             logits[list(tokens)] += torch.tensor(biases)
@@ -57,10 +78,13 @@ class RowSampler:
             _keep_allowed(logits.zero_(), params, mask)
             return 0.0
         _penalize(logits, params, self.history)
-        if params.temperature == 0:
-            return 0.0
-        logits /= params.temperature
-        _truncate(logits, params)
+        return self._heat(logits)
+
+    def _heat(self, logits: Tensor) -> float:
+        """Divide by the temperature where limits are to come; return what is left of it."""
+        if self.limits == OFF:
+            return self.params.temperature
+        logits /= self.params.temperature
         return 1.0
 
     def take(self, token: int) -> None:
@@ -119,20 +143,3 @@ def _penalize(logits: Tensor, params: RowStart, history: Sequence[int]) -> None:
         output = torch.tensor(history[params.num_prompt :], dtype=torch.int64)
         ids, counts = torch.unique(output, return_counts=True)
         logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
-
-
-def _truncate(logits: Tensor, params: RowStart) -> None:
-    """Set to -inf what min_p, top_k and top_p leave out.
-
-    Ties at the border of top_k stay in; at that of top_p the lower id goes first.
-    """
-    if params.min_p > 0:
-        probabilities = torch.softmax(logits, dim=0)
-        logits[probabilities < params.min_p * probabilities.max()] = -torch.inf
-    if 0 < params.top_k < len(logits):
-        logits[logits < torch.topk(logits, params.top_k).values[-1]] = -torch.inf
-    if params.top_p < 1:
-        ordered, ids = torch.sort(logits, descending=True, stable=True)
-        probabilities = torch.softmax(ordered, dim=0, dtype=torch.float64)
-        before = probabilities.cumsum(dim=0) - probabilities  # mass above each token
-        logits[ids[before >= params.top_p]] = -torch.inf

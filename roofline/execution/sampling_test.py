@@ -13,6 +13,7 @@ from torch import Tensor
 
 from roofline.execution.sampling import RowSampler, logprobs_of
 from roofline.ops.noise import choose, gumbel, lowest_argmax, philox
+from roofline.ops.truncation import truncate
 from roofline.scheduling.plan import RowStart
 
 ALL_ONES = 2**32 - 1
@@ -28,6 +29,7 @@ def sampler(**params: Any) -> RowSampler:
 def sample(row: RowSampler, logits: Tensor, position: int, mask: bytes | None = None) -> int:
     """What a runner does with one row."""
     temperature = row.prepare(logits, position, mask)
+    truncate(logits, *row.limits)
     token = choose(logits, temperature, row.params.seed, position)
     row.take(token)
     return token

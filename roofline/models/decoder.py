@@ -140,6 +140,9 @@ def rope_table(config: ModelConfig, length: int, out: Tensor) -> None:
 def _matrix_tensors(name: str, weight: Weight | None) -> dict[str, Tensor]:
     if weight is None:
         return {}
-    scales = None if isinstance(weight, FloatWeight) else weight.scales
     found = {f"{name}.values": weight.values}
-    return found if scales is None else found | {f"{name}.scales": scales}
+    if not isinstance(weight, FloatWeight) and weight.scales is not None:
+        found[f"{name}.scales"] = weight.scales
+    if not isinstance(weight, FloatWeight) and weight.copy is not None:
+        found[f"{name}.copy"] = weight.copy
+    return found

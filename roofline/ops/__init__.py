@@ -21,6 +21,7 @@ class Int8Weight:
     scales: Tensor  # [N, groups] float32
     group: int  # columns that share a scale
     offset: int  # columns of the first group that lie on another rank: g(k) = (k + offset) // group
+    copy: Tensor | None = None  # [N, K] bfloat16, the same matrix for prompts, where one is kept
 
     @property
     def rows(self) -> int:
@@ -48,6 +49,7 @@ class PackedWeight:
     scales: Tensor | None  # [N * groups] float32, of int8
     rows: int  # output channels, N
     layout: object
+    copy: Tensor | None = None  # [N, K] bfloat16, as of `Int8Weight`
 
 
 Weight = Int8Weight | FloatWeight | PackedWeight
@@ -96,6 +98,7 @@ class StepInputs:
     query_start: Tensor  # [R + 1] int32, first token of each row
     context_len: Tensor  # [R] int32, tokens of the row's request after this step
     block_table: Tensor  # [R, B] int32
+    longest: int | None = None  # new tokens of a row at most, where the host must know: grids
 
 
 class Ops(abc.ABC):
@@ -191,6 +194,16 @@ class Ops(abc.ABC):
     def flag_finite(self, logits: Tensor, out: Tensor) -> None:
         """Write to out [1] int64 whether `all_finite`, 1 or 0, without waiting for the device."""
         out.copy_(torch.isfinite(logits).all())
+
+    @abc.abstractmethod
+    def truncate(
+        self,
+        logits: Tensor,  # [S, V] float32, divided by temperature; changed in place
+        min_p: Tensor,  # [S] float32; 0 = off
+        top_k: Tensor,  # [S] int64; 0 = off
+        top_p: Tensor,  # [S] float64; 1 = off
+    ) -> None:
+        """Set to -inf what min_p, top_k and top_p leave out, in this order (`ops.truncation`)."""
 
     @abc.abstractmethod
     def choose(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from roofline.ops import FloatWeight, Int8Weight, KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.noise import choose
+from roofline.ops.truncation import truncate
 
 TILE_TOKENS = 16
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -42,7 +43,7 @@ class ReferenceOps(Ops):
         assert not isinstance(table, PackedWeight), "packed for another backend"
         if isinstance(table, Int8Weight):
             picked = Int8Weight(table.values[rows], table.scales[rows], table.group, table.offset)
-            values = dequantize(picked, torch.empty(picked.values.shape))
+            values = dequantize(picked, torch.empty_like(picked.values, dtype=torch.float32))
         else:
             values = table.values[rows].float()
         out.copy_(values * here.unsqueeze(1))
@@ -140,22 +141,30 @@ class ReferenceOps(Ops):
         x = rms_norm(residual[sampled] + delta[sampled], norm, eps).to(self.dtype)
         out.copy_(self._multiply(x, head))
 
+    def truncate(self, logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> None:
+        """See `Ops.truncate`."""
+        columns = (min_p.tolist(), top_k.tolist(), top_p.tolist())
+        for row, limits in zip(logits, zip(*columns, strict=True), strict=True):
+            truncate(row, *limits)
+
     def choose(
         self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, out: Tensor
     ) -> None:
         """See `Ops.choose`."""
         columns = (temperature.tolist(), seed.tolist(), position.tolist())
         for row, (heat, key, place) in enumerate(zip(*columns, strict=True)):
-            out[row] = choose(logits[row], heat, key % (1 << 64), place)
+            out[row] = choose(logits[row].cpu(), heat, key % (1 << 64), place)
 
 
 def round_to_int8(x: Tensor, weight: Int8Weight) -> Tensor:
     """x [T, K] rounded to INT8 in the groups of a weight's columns: max |x| / 127 is a step."""
-    columns = torch.arange(x.shape[1]) + weight.offset
+    columns = torch.arange(x.shape[1], device=x.device) + weight.offset
     group = (columns // weight.group).expand_as(x)
-    largest = torch.zeros(len(x), weight.scales.shape[1])
+    largest = x.new_zeros(len(x), weight.scales.shape[1])
     largest.scatter_reduce_(1, group, x.abs(), "amax")
-    steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / 127).gather(1, group)
+    steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / x.new_tensor(127.0)).gather(
+        1, group
+    )
     return (x / steps).round() * steps
 
 
@@ -197,9 +206,9 @@ def multiply(x: Tensor, weight: Weight, scratch: Tensor) -> Tensor:
     assert not isinstance(weight, PackedWeight), "packed for another backend"
     tokens, columns = x.shape
     tiles = -(-tokens // TILE_TOKENS)
-    padded = torch.zeros(tiles, TILE_TOKENS, columns)
+    padded = scratch.new_zeros(tiles, TILE_TOKENS, columns)
     padded.view(-1, columns)[:tokens] = x
-    result = torch.empty(tiles, weight.rows, TILE_TOKENS)
+    result = scratch.new_empty(tiles, weight.rows, TILE_TOKENS)
     slab = scratch.numel() // columns
     for start in range(0, weight.rows, slab):
         stop = min(start + slab, weight.rows)
@@ -225,7 +234,7 @@ def _store(x: Tensor, slots: Tensor, kv_cache: KvCache, layer: int, half: int) -
     at = slots // size, slice(None), slots % size
     if kv_cache.scales is not None:
         largest = LARGEST[values.dtype]
-        scale = x.abs().amax(dim=2) / largest
+        scale = x.abs().amax(dim=2) / x.new_tensor(largest)  # as `int8_groups` divides
         scale = torch.where(scale < SMALLEST_NORMAL, 1.0, scale)
         kv_cache.scales[layer, half][at] = scale
         x = (x / scale.unsqueeze(2)).clamp(-largest, largest)
@@ -245,15 +254,15 @@ def _attend(
     tokens, heads, dim = query.shape
     kv_heads, block_tokens = paged.values.shape[2:4]
     tiles, group = -(-tokens // TILE_TOKENS), heads // kv_heads
-    padded = torch.zeros(tiles * TILE_TOKENS, heads, dim)
+    padded = query.new_zeros(tiles * TILE_TOKENS, heads, dim, dtype=torch.float32)
     padded[:tokens] = query
     # [tiles * Hkv, group * 16, D]: the query heads of a KV head share its keys
     shape = (tiles, TILE_TOKENS, kv_heads, group, dim)
     rows = padded.view(shape).permute(0, 2, 3, 1, 4).reshape(tiles * kv_heads, -1, dim)
-    position = torch.arange(tiles * TILE_TOKENS) + (context - tokens)
+    position = torch.arange(tiles * TILE_TOKENS, device=query.device) + (context - tokens)
     position = position.view(tiles, 1, 1, TILE_TOKENS, 1)
 
-    highest = torch.full((*rows.shape[:2], 1), -torch.inf)
+    highest = rows.new_full((*rows.shape[:2], 1), -torch.inf)
     total, mixed = torch.zeros_like(highest), torch.zeros_like(rows)
     span_blocks = max(1, SPAN_TOKENS // block_tokens)
     for first in range(0, -(-context // block_tokens), span_blocks):
@@ -283,13 +292,13 @@ def _span(
     Always the same shape: past the table block 0 stands in, and values past the context are zero.
     """
     block_tokens = paged.values.shape[3]
-    chosen = torch.zeros(span_blocks, dtype=torch.int64)
+    chosen = blocks.new_zeros(span_blocks)
     listed = blocks[first : first + span_blocks]
     chosen[: len(listed)] = listed
     both = paged.values[:, chosen].float()
     if paged.scales is not None:
         both *= paged.scales[:, chosen].unsqueeze(-1)
     keys, values = both.transpose(2, 1).flatten(2, 3).unsqueeze(1)
-    place = torch.arange(span_blocks * block_tokens) + first * block_tokens
+    place = torch.arange(span_blocks * block_tokens, device=blocks.device) + first * block_tokens
     values.masked_fill_((place >= context).view(1, 1, -1, 1), 0.0)
     return keys, values, place

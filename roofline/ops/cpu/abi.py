@@ -4,10 +4,11 @@ import ctypes
 from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any, ClassVar
 
-VERSION = 6
+VERSION = 7
 
-EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD, CHOOSE = range(7)
-READ_MEMORY, DOT_ACTIVATIONS, DOT_INT8 = range(7, 10)  # for benchmarks
+EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD = range(6)
+TRUNCATE, CHOOSE = range(6, 8)
+READ_MEMORY, DOT_ACTIVATIONS, DOT_INT8 = range(8, 11)  # for benchmarks
 INT8, BFLOAT16, FLOAT32, OFFSET_INT8 = range(4)
 
 _Field = tuple[str, Any]
@@ -57,6 +58,7 @@ class Attention(Structure):
         *_fields("step query keys values block_table", table_width=c_int64),
         *_fields("query_start context_len", **_numbers("heads kv_heads head_dim block_tokens")),
         *_fields(scale=c_double, window=c_int64),
+        *_fields("partial", partial_values=c_int64),
         *_fields("out"),
     ]
 
@@ -85,6 +87,15 @@ class NormHead(Structure):
     _fields_: ClassVar[list[_Field]] = [
         *_fields("step residual delta sampled norm", eps=c_double, head=Weight),
         *_fields("normed quantized out", out_stride=c_int64),
+    ]
+
+
+class Truncate(Structure):
+    """`Ops.truncate`."""
+
+    _fields_: ClassVar[list[_Field]] = [
+        *_fields("step logits", stride=c_int64, vocab=c_int64),
+        *_fields("min_p top_k top_p"),
     ]
 
 

@@ -129,7 +129,7 @@ class NativeOps(Ops):
         arguments = abi.Attention(
             *self._pointers(*pointers), block_table.shape[1],
             *self._pointers(query_start, context_len), heads, kv_heads, dim, block_tokens,
-            scale, window or 0, *self._pointers(out),
+            scale, window or 0, address(self.scratch), self.scratch.numel(), address(out),
         )  # fmt: skip
         self._run(abi.ATTENTION, arguments, tokens, rows=len(context_len))
 
@@ -172,6 +172,14 @@ class NativeOps(Ops):
             *self._pointers(*self._normed(residual, len(sampled)), out), out.stride(0),
         )  # fmt: skip
         self._run(abi.NORM_HEAD, arguments, sampled=len(sampled))
+
+    def truncate(self, logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> None:
+        """See `Ops.truncate`."""
+        arguments = abi.Truncate(
+            *self._pointers(self._step, logits), logits.stride(0), logits.shape[1],
+            *self._pointers(min_p, top_k, top_p),
+        )  # fmt: skip
+        self._run(abi.TRUNCATE, arguments, sampled=len(logits))
 
     def choose(
         self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, out: Tensor

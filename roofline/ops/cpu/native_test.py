@@ -304,6 +304,29 @@ def test_a_step_without_tokens_writes_nothing(library: Library) -> None:
         assert all(len(result) == 0 for result in compute(op, torch.arange(0)))
 
 
+def test_a_slot_of_minus_one_is_not_written(library: Library) -> None:
+    step = Step(SHAPES["smollm2"], FLOAT32)
+    step.slots[:] = -1
+
+    def stored(step: Step, ops: Ops, weights: dict[str, Weight], picked: Tensor) -> list[Tensor]:
+        padded = torch.full((step.pool_shape[2] + 2, *step.pool_shape[3:]), 7.0)
+        pool = padded[1:-1].expand(2, 2, *padded[1:-1].shape)  # what lies around it shows, too
+        inputs = StepInputs(picked, picked, step.slots[: len(picked)], picked, picked, picked)
+        out = step.empty(len(picked), step.shape.heads, step.shape.head_dim)
+        ops.norm_qkv_rope_store(
+            step.residual[picked], None, step.norm, EPS, weights["qkv"], None, None, None,
+            step.rope, inputs, KvCache(pool, None), 0, out,
+        )  # fmt: skip
+        assert not out.isnan().any()
+        return [padded]
+
+    for padded in (
+        step.native(library)(stored, torch.arange(9)),
+        step.reference(stored, torch.arange(9)),
+    ):
+        assert (padded[0] == 7.0).all()
+
+
 def test_packed_weights_are_the_backends_alone() -> None:
     weight = PackedWeight(torch.zeros(1), None, 1, None)
     with pytest.raises(AssertionError, match="packed for another backend"):

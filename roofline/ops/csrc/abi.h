@@ -73,7 +73,9 @@ struct Attention {
     int64_t heads, kv_heads, head_dim, block_tokens;
     double scale;
     int64_t window;  // 0: none
-    void* out;       // [T, Hq, D]
+    float* partial;  // room for what spans of long contexts bring
+    int64_t partial_values;
+    void* out;  // [T, Hq, D]
 };
 
 struct Linear {
@@ -110,6 +112,15 @@ struct NormHead {
     int64_t out_stride;
 };
 
+struct Truncate {
+    const Step* step;
+    float* logits;  // [S, stride]
+    int64_t stride, vocab;
+    const float* min_p;
+    const int64_t* top_k;
+    const double* top_p;
+};
+
 struct Choose {
     const Step* step;
     const float* logits;  // [S, stride]
@@ -134,6 +145,7 @@ enum Op : int64_t {
     LINEAR,
     NORM_GATE_UP_SWIGLU,
     NORM_HEAD,
+    TRUNCATE,
     CHOOSE,
     READ_MEMORY,
     DOT_ACTIVATIONS,  // of the activation dtype

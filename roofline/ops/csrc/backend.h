@@ -4,6 +4,7 @@
 #include "ops.h"
 #include "peaks.h"
 #include "sampling.h"
+#include "truncation.h"
 
 namespace roofline {
 namespace RL_ISA {
@@ -16,6 +17,7 @@ static void fill_table(Kernel* table) {
     table[LINEAR] = linear<X>;
     table[NORM_GATE_UP_SWIGLU] = norm_gate_up_swiglu<X>;
     table[NORM_HEAD] = norm_head<X>;
+    table[TRUNCATE] = truncate;
     table[CHOOSE] = choose;
     table[READ_MEMORY] = read_memory;
     table[DOT_ACTIVATIONS] = dot_floats<X>;

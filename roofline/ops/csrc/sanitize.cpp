@@ -97,7 +97,9 @@ struct Layer {
     Matrix<X> table{vocabulary, hidden, false, tokens}, qkv{qkv_rows, hidden, false, tokens};
     Matrix<X> output{hidden, heads * dim, false, tokens}, gate_up{2 * channels, hidden, true, tokens};
     std::vector<int64_t> ids = std::vector<int64_t>(size_t(tokens)), positions = ids, slots = ids, sampled = ids, seeds = ids, chosen = ids;
-    std::vector<double> temperature = std::vector<double>(size_t(tokens));
+    std::vector<double> temperature = std::vector<double>(size_t(tokens)), top_p = temperature;
+    std::vector<int64_t> top_k = std::vector<int64_t>(size_t(tokens));
+    std::vector<float> min_p = std::vector<float>(size_t(tokens));
     std::vector<int32_t> query_start = std::vector<int32_t>(rows + 1), context_len = std::vector<int32_t>(rows);
     std::vector<int32_t> block_table = std::vector<int32_t>(size_t(blocks));
     std::vector<float> residual = noise<float>(tokens * hidden), delta = residual, norm = noise<float>(hidden);
@@ -128,6 +130,9 @@ struct Layer {
         for (size_t i = 0; i < size_t(step.sampled); ++i) {
             sampled[i] = between(0, total - 1);
             temperature[i] = double(between(0, 3)) / 2;
+            min_p[i] = float(between(0, 4)) / 4;
+            top_k[i] = between(0, vocabulary + 1);
+            top_p[i] = double(between(1, 4)) / 4;
             seeds[i] = int64_t(random_bits()) << 32 | random_bits();
         }
     }
@@ -155,6 +160,8 @@ struct Layer {
                                                   activated.data()});
         add(NORM_HEAD, NormHead{&step, residual.data(), delta.data(), sampled.data(), norm.data(), 1e-5,
                                 table.weight, normed.data(), table.room.data(), logits.data(), vocabulary});
+        add(TRUNCATE, Truncate{&step, logits.data(), vocabulary, vocabulary, min_p.data(), top_k.data(),
+                               top_p.data()});
         add(CHOOSE, Choose{&step, logits.data(), vocabulary, vocabulary, temperature.data(), seeds.data(),
                            positions.data(), chosen.data()});
     }

@@ -4,7 +4,6 @@ Nothing is tried out while requests wait: `benchmarks/gpu_tune.py` measures the 
 won stands here as a rule.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +85,6 @@ def pack(
     dtype: torch.dtype,  # of activations
     int8_activations: bool = False,
     deterministic: bool = False,
-    to_floats: Callable[[PackedWeight], Tensor] | None = None,  # makes the copy for long prompts
 ) -> PackedWeight:
     """A matrix on its device, as it lies, with the plans of its products."""
     rows, columns = weight.values.shape
@@ -97,19 +95,15 @@ def pack(
         group, offset = (weight.group, weight.offset) if groups > 1 else (0, 0)
     chunk = min(group or CHUNK, CHUNK)
     rounds = int8_activations and scales is not None
-    item = weight.values.element_size()
+    has_floats = scales is None or weight.copy is not None
     layout = Layout(
         columns, groups, group, offset, chunk, paired, rounds,
-        None if deterministic else plan_gemv(rows, columns, chunk, item),
+        None if deterministic else plan_gemv(rows, columns, chunk, weight.values.element_size()),
         plan_tiles(rows, columns, chunk, paired, dtype, deterministic),
-        None,
-        _library_tokens(rows, scales is None or to_floats is not None, rounds or deterministic),
+        None if scales is None else weight.copy,
+        _library_tokens(rows, has_floats, rounds or deterministic),
     )  # fmt: skip
-    packed = PackedWeight(weight.values, scales, rows, layout)
-    if scales is None or to_floats is None or layout.library_tokens is None:
-        return packed
-    floats = to_floats(packed)
-    return PackedWeight(weight.values, scales, rows, _with_floats(layout, floats))
+    return PackedWeight(weight.values, scales, rows, layout, layout.floats)
 
 
 def plan_gemv(rows: int, columns: int, chunk: int, item_bytes: int) -> GemvPlan:
@@ -161,11 +155,6 @@ def _library_tokens(rows: int, has_floats: bool, never: bool) -> int | None:
     if never or (not has_floats and rows > DEQUANTIZED_ROWS):
         return None
     return SPLIT_TOKENS + 1 if has_floats else 257
-
-
-def _with_floats(layout: Layout, floats: Tensor) -> Layout:
-    fields = dict(vars(layout), floats=floats)
-    return Layout(**fields)
 
 
 def _power_of_two(number: int) -> int:

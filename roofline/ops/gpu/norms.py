@@ -93,7 +93,7 @@ def quantize(
         mine = (column >= 0) & (column < K) & (within < GROUP)[None, :]
     given = tl.load(x + token * K + column, mask=mine, other=0).to(tl.float32)
     largest = largest_of(given)
-    step = tl.where(largest < SMALLEST_NORMAL, 1.0, tl.div_rn(largest, largest * 0 + 127.0))
+    step = tl.where(largest < SMALLEST_NORMAL, 1.0, tl.div_rn(largest, 127.0))
     tl.store(values + token * K + column, rounded(given, step[:, None]), mask=mine)
     tl.store(steps + group * stride + token, step, mask=group < G)
 

@@ -82,7 +82,7 @@ def rope_store(
             halves = tl.maximum(tl.abs(first), tl.abs(second), propagate_nan=tl.PropagateNan.ALL)
             largest = tl.max(largest_of(halves[None, :]), axis=0)
             limit: tl.constexpr = 448.0 if FLOAT8 else 127.0
-            scale = tl.div_rn(largest, largest * 0 + limit)
+            scale = tl.div_rn(largest, limit)
             scale = tl.where(scale < SMALLEST_NORMAL, 1.0, scale)
             tl.store(scales + vector, scale, mask=slot >= 0)
             _store_half(place, first, scale, written, FLOAT8)
@@ -111,4 +111,3 @@ def _normed(first, second, weight, column, inside, eps, HALF: tl.constexpr):
     first *= scale * tl.load(weight + column, mask=inside, other=0)
     second *= scale * tl.load(weight + column + HALF, mask=inside, other=0)
     return first, second
-

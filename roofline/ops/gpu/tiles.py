@@ -9,7 +9,12 @@ that `sum_splits` adds in order. No atomics: the same input always gives the sam
 import triton
 import triton.language as tl
 
-from roofline.ops.gpu.triton_support import dot, let_next_start, wait_for_previous
+from roofline.ops.gpu.triton_support import (
+    dot,
+    let_next_start,
+    to_operand,
+    wait_for_previous,
+)
 
 
 @triton.jit
@@ -89,15 +94,16 @@ def tiles(
         if scales is not None:
             group = _group(chunk, G, CHUNK, SHIFT, OFFSET, GROUP)
             scale = next_scale
-            next_scale = tl.load(
-                scale_place + _group(chunk + 1, G, CHUNK, SHIFT, OFFSET, GROUP)
-            )  # a step early: its latency is hidden
+            # A step early: its latency is hidden.
+            later = _group(chunk + 1, G, CHUNK, SHIFT, OFFSET, GROUP)
+            next_scale = tl.load(scale_place + later)
             if x_steps is not None:
                 part = dot(values, given, tl.zeros([ROWS, TOKENS], tl.int32))
                 x_step = tl.load(x_steps + group * x_stride + token, mask=live, other=0)
                 sums += part.to(tl.float32) * (scale[:, None] * x_step[None, :])
             else:
-                part = dot(values.to(given.dtype), given, tl.zeros([ROWS, TOKENS], tl.float32))
+                operand = to_operand(values, given.dtype)
+                part = dot(operand, given, tl.zeros([ROWS, TOKENS], tl.float32))
                 sums += part * scale[:, None]
         else:
             sums = dot(values, given, sums)
@@ -113,7 +119,11 @@ def tiles(
     else:
         mask = live[None, :] & (index < N)[:, None]
         row = tl.program_id(2).to(tl.int64) * T + token
-        tl.store(out + row[None, :] * out_stride + index[:, None], sums.to(out.dtype.element_ty), mask=mask)
+        tl.store(
+            out + row[None, :] * out_stride + index[:, None],
+            sums.to(out.dtype.element_ty),
+            mask=mask,
+        )
         if infinite is not None:
             broken = mask & ~(tl.abs(sums) < float("inf"))
             found = tl.max(tl.max(broken.to(tl.int32), axis=1), axis=0)

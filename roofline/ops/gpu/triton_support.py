@@ -37,6 +37,14 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def to_operand(x, dtype: tl.constexpr):
+    """INT8 as the floats it is multiplied with."""
+    if INTERPRETED:  # its bfloat16 of an integer is a bit pattern
+        return x.to(tl.float32)
+    return x.to(dtype)
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b: float32 sums of floats, int32 sums of int8."""
     if INTERPRETED and a.dtype != tl.int8:  # its bfloat16 dot multiplies bit patterns
