@@ -1,7 +1,8 @@
 """The ops of the contract on Triton kernels: nothing is allocated, nothing waits for the device.
 
-A layer of one decoding token is seven launches: norm, QKV, RoPE with the write to the cache,
-attention, output projection; norm, gate and up with SwiGLU, down projection make it eight.
+A layer of one decoding token is seven launches: norm, QKV with RoPE and the write to the cache,
+attention, output projection, norm, gate and up with SwiGLU, down projection. Where heads are normed
+or the cache is quantised, RoPE and the write are an eighth; several tokens sum splits in two more.
 """
 
 import torch
@@ -71,10 +72,13 @@ class GpuOps(Ops):
             return
         room = Room(self.scratch)
         x = self._normed(residual, delta, norm, eps, room, update=delta is not None)
-        mixed = self._linears.multiply_in_parts(x, _packed(qkv), room)
-        self._rope_store(
-            mixed, bias, q_norm, k_norm, eps, rope, inputs, _layer_of(kv_cache, layer), out
-        )
+        cache, weight = _layer_of(kv_cache, layer), _packed(qkv)
+        plain = cache.scales is None and q_norm is None and k_norm is None
+        if plain and len(x) == 1 and layout_of(weight).gemv is not None:
+            self._linears.gemv_rope_store(x, weight, bias, rope, inputs, cache, out, room)
+            return
+        mixed = self._linears.multiply_in_parts(x, weight, room)
+        self._rope_store(mixed, bias, q_norm, k_norm, eps, rope, inputs, cache, out)
 
     def attention(
         self,

@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 
 from roofline.budget import LIBRARY_TOKENS
-from roofline.ops import PackedWeight
+from roofline.ops import KvCache, PackedWeight, StepInputs
 from roofline.ops.gpu import lookup, norms, tiles
 from roofline.ops.gpu.gemv import gemv
+from roofline.ops.gpu.gemv_rope import gemv_rope_store
 from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, layout_of
 from roofline.ops.gpu.room import Room
 from roofline.ops.gpu.triton_support import launch
@@ -87,6 +88,34 @@ class Linears:
             ROWS=plan.rows, CHUNKS=plan.chunks, CHUNK=layout.chunk, STEPS=count,
             SHIFT=layout.shift, OFFSET=layout.offset, GROUP=layout.group,
             EVEN=layout.is_even(count * plan.chunks), PAIRED=layout.paired, num_warps=plan.warps,
+        )  # fmt: skip
+
+    def gemv_rope_store(
+        self,
+        x: Tensor,  # [1, K] activation dtype
+        weight: PackedWeight,  # queries, keys, values
+        bias: Tensor | None,  # [N] float32
+        table: Tensor,  # [2, max_model_len, D / 2] float32
+        inputs: StepInputs,
+        cache: KvCache,  # of a layer, floats
+        out: Tensor,  # [1, Hq, D]
+        room: Room,
+    ) -> None:
+        """One token's queries, keys and values, rotated, where they belong."""
+        layout = layout_of(weight)
+        plan = layout.gemv
+        assert plan is not None
+        x, steps = self.rounded(x, layout, room)
+        count = -(-layout.chunks // plan.chunks)
+        _, blocks, kv_heads, block_tokens, dim = cache.values.shape
+        launch(
+            gemv_rope_store, (triton.cdiv(weight.rows, plan.rows),), self.pdl,
+            x, steps, weight.values, weight.scales, bias, table[0], table[1], inputs.positions,
+            inputs.slots, cache.values, out, layout.columns, layout.groups,
+            0 if steps is None else steps.stride(0), out.shape[1], kv_heads, blocks, block_tokens,
+            HALF=dim // 2, ROWS=plan.rows, CHUNKS=plan.chunks, CHUNK=layout.chunk, STEPS=count,
+            SHIFT=layout.shift, OFFSET=layout.offset, GROUP=layout.group,
+            EVEN=layout.is_even(count * plan.chunks), num_warps=plan.warps,
         )  # fmt: skip
 
     def tiles(
