@@ -309,19 +309,20 @@ def gpu_scratch_values(plan: ModelPlan, tokens: int, dtype: str, keeps_floats: b
 
     `keeps_floats`: the copy for long prompts is there, so nothing is dequantised.
     """
-    item = ITEM_BYTES[dtype]
-    matrices = [matrix for layer in plan.layers.values() for matrix in layer.matrices()]
-    matrices += [m for m in (plan.head or plan.embedding,) if m is not None]
-    padded = -(-tokens // 16) * 16
-    needed = SPLIT_TOKENS * PARTIAL_ROWS
-    for matrix in matrices:
+    item, padded = ITEM_BYTES[dtype], -(-tokens // 16) * 16
+    partial = 4 * SPLIT_TOKENS * PARTIAL_ROWS
+    head = plan.head or plan.embedding
+    products = [(head, partial)] if head is not None else []
+    for layer in plan.layers.values():
+        products += [(layer.output, partial), (layer.down, partial)]
+        products += [(layer.qkv, max(partial, 4 * tokens * layer.qkv.rows))]  # read by RoPE
+        products += [(layer.gate_up, min(tokens, LIBRARY_TOKENS) * layer.gate_up.rows * item)]
+    needed = 0
+    for matrix, sums in products:
         room = [tokens * matrix.columns * item, tokens * matrix.columns, padded * matrix.groups * 4]
-        room += [4 * max(SPLIT_TOKENS * PARTIAL_ROWS, tokens * matrix.rows)]  # sums, before RoPE
-        if matrix.rows > DEQUANTIZED_ROWS:  # the head: its sums are the logits themselves
-            room[-1] = 4 * SPLIT_TOKENS * PARTIAL_ROWS
-        elif matrix.group and not keeps_floats:
+        if matrix.group and not keeps_floats and matrix.rows <= DEQUANTIZED_ROWS:
             room += [matrix.rows * matrix.columns * item]
-        needed = max(needed, sum(-(-size // 256) * 64 for size in room))
+        needed = max(needed, sum(-(-size // 256) * 64 for size in [*room, sums]))
     return needed
 
 

@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from roofline.budget import LayerPlan, MatrixPlan, ModelPlan, gpu_scratch_values
 from roofline.ops import FloatWeight, Int8Weight, KvCache, StepInputs
 from roofline.ops.gpu import gpu_ops, linear
 from roofline.ops.gpu.attention import Heads, make_tasks
@@ -27,6 +28,21 @@ def weight(rows: int, columns: int, floats: torch.dtype | None) -> Int8Weight | 
     return Int8Weight(values, torch.empty(rows, columns // 128, device=META), 128, 0)
 
 
+def scratch_values(tokens: int, dtype: torch.dtype, floats: bool) -> int:
+    """What the budget gives these steps."""
+    name, group = str(dtype).removeprefix("torch."), 0 if floats else 128
+
+    def matrix(rows: int, columns: int) -> MatrixPlan:
+        return MatrixPlan("", rows, columns, group, 0, name)
+
+    planned = LayerPlan(
+        matrix((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), matrix(HIDDEN, HEADS * DIM),
+        matrix(2 * CHANNELS, HIDDEN), matrix(HIDDEN, CHANNELS),
+    )  # fmt: skip
+    plan = ModelPlan({0: planned}, None, matrix(VOCABULARY, HIDDEN), 0)
+    return gpu_scratch_values(plan, tokens, name, False)
+
+
 def layer(
     tokens: int,
     dtype: torch.dtype = torch.bfloat16,
@@ -38,7 +54,8 @@ def layer(
 ) -> list[Launch]:
     """What a step of some tokens launches, but for attention and sampling."""
     tasks = make_tasks(Heads(HEADS, KV_HEADS, DIM), dtype, cache, 64, META, deterministic=False)
-    ops = gpu_ops.GpuOps(dtype, torch.empty(1 << 28, device=META), tasks, None)
+    scratch = torch.empty(scratch_values(tokens, dtype, floats), device=META)
+    ops = gpu_ops.GpuOps(dtype, scratch, tasks, None)
 
     def matrix(rows: int, columns: int, paired: bool = False):
         held = weight(rows, columns, dtype if floats else None)
@@ -89,7 +106,7 @@ def main() -> None:
         if capability >= 89:
             steps.append(layer(1, cache=torch.float8_e4m3fn))
     seen: set[str] = set()
-    for launch in (launch for step in steps for launch in step):
+    for launch in {repr(launch): launch for step in steps for launch in step}.values():
         made = launch.compile(capability)
         line = f"{made.name} {launch.options} {made.registers} registers, "
         line += f"{made.spilled_bytes} spilled, {made.shared_bytes} shared bytes"

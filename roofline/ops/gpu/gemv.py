@@ -162,5 +162,5 @@ def gemv(
     else:
         tl.store(out + index, sums.to(out.dtype.element_ty), mask=index < N)
         if infinite is not None:
-            broken = (index < N) & ~(tl.abs(sums) < float("inf"))
-            tl.store(infinite + index * 0, 1, mask=broken)
+            broken = tl.where(tl.abs(sums) < float("inf"), 0, 1)
+            tl.store(infinite + index * 0, 1, mask=(index < N) & (broken > 0))

@@ -6,7 +6,6 @@ or the cache is quantised, RoPE and the write are an eighth; several tokens sum 
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from roofline.ops import KvCache, Ops, PackedWeight, StepInputs, Weight
@@ -14,7 +13,7 @@ from roofline.ops.gpu import attention, lookup, norms, rope, sampling
 from roofline.ops.gpu.layout import layout_of
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
-from roofline.ops.gpu.triton_support import launch, supports_pdl
+from roofline.ops.gpu.triton_support import launch, parts, power_of_two, supports_pdl
 
 
 class GpuOps(Ops):
@@ -46,7 +45,7 @@ class GpuOps(Ops):
             return
         chunks = max(1, 1024 // layout.chunk)
         launch(
-            lookup.embed, (len(token_ids), triton.cdiv(layout.chunks, chunks)), self._pdl,
+            lookup.embed, (len(token_ids), parts(layout.chunks, chunks)), self._pdl,
             token_ids, table.values, table.scales, out, first_id, table.rows,
             layout.columns, layout.groups, CHUNKS=chunks, CHUNK=layout.chunk, GROUP=layout.group,
         )  # fmt: skip
@@ -169,7 +168,7 @@ class GpuOps(Ops):
         """RMSNorm of residual + delta, [n, H] activation dtype: of all or the sampled tokens."""
         hidden = residual.shape[1]
         out = room.take((len(residual if sampled is None else sampled), hidden), self.dtype)
-        block = triton.next_power_of_2(hidden)
+        block = power_of_two(hidden)
         launch(
             norms.add_norm, (len(out),), self._pdl,
             residual, delta, sampled, norm, out, None if sampled is None else self._infinite,
@@ -196,7 +195,7 @@ class GpuOps(Ops):
             rope.rope_store, (tokens, heads + 2 * kv_heads), self._pdl,
             mixed, bias, q_norm, k_norm, eps, table[0], table[1], inputs.positions, inputs.slots,
             cache.values, cache.scales, out, tokens, heads, kv_heads, blocks, block_tokens,
-            HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), SPLITS=len(mixed),
+            HALF=dim // 2, BLOCK=power_of_two(dim // 2), SPLITS=len(mixed),
             FLOAT8=cache.values.dtype == torch.float8_e4m3fn, num_warps=1,
         )  # fmt: skip
 

@@ -63,6 +63,10 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert float((actual - expected).abs().max()) <= limit
 
 
+def on(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(DEVICE)
+
+
 def step(tokens: int) -> StepInputs:
     slots = torch.randperm(5 * BLOCK_TOKENS)[:tokens]
     slots[-1] = -1 if tokens > 1 else slots[-1]
@@ -101,13 +105,15 @@ def test_norm_qkv_rope_store(
     rows = (HEADS + 2 * KV_HEADS) * DIM
     residual, delta = torch.randn(2, tokens, HIDDEN)
     norm, weight = torch.rand(HIDDEN), int8_weight(rows, HIDDEN)
-    added = (torch.randn(rows), torch.rand(DIM), torch.rand(DIM)) if extras else (None, None, None)
+    bias, q_norm, k_norm = torch.randn(rows), torch.rand(DIM), torch.rand(DIM)
+    if not extras:
+        bias = q_norm = k_norm = None
     rope, inputs = torch.randn(2, 50, DIM // 2), step(tokens)
     given = delta if extras else None
     expected, written = residual.clone(), layer_cache(cache)
     query = torch.full((tokens, HEADS, DIM), torch.nan, dtype=dtype)
     reference(dtype).norm_qkv_rope_store(
-        expected, given, norm, 1e-5, weight, *added, rope, inputs, written, 1, query
+        expected, given, norm, 1e-5, weight, bias, q_norm, k_norm, rope, inputs, written, 1, query
     )
 
     actual, mine = residual.clone().to(DEVICE), moved(layer_cache(cache))
@@ -116,9 +122,8 @@ def test_norm_qkv_rope_store(
         inputs, positions=inputs.positions.to(DEVICE), slots=inputs.slots.to(DEVICE)
     )
     gpu_ops(dtype, cache).norm_qkv_rope_store(
-        actual, None if given is None else given.to(DEVICE), norm.to(DEVICE), 1e-5,
-        packed(weight, dtype), *(None if a is None else a.to(DEVICE) for a in added),
-        rope.to(DEVICE), on_device, mine, 1, turned,
+        actual, on(given), norm.to(DEVICE), 1e-5, packed(weight, dtype), on(bias), on(q_norm),
+        on(k_norm), rope.to(DEVICE), on_device, mine, 1, turned,
     )  # fmt: skip
     assert torch.equal(actual.cpu(), expected)
     assert_close(turned, query, TOLERANCE[dtype])
@@ -231,6 +236,19 @@ def test_norm_head_and_whether_its_logits_are_finite(sampled: list[int]) -> None
     before[sampled[0], 3] = 0
     ops.norm_head(before, delta.to(DEVICE), chosen.to(DEVICE), *rest)
     assert ops.all_finite(mine)
+
+
+def test_many_logits_of_floats_that_are_not_finite_are_found() -> None:
+    """By the library, which does not look while it writes."""
+    residual, head = torch.randn(66, HIDDEN, device=DEVICE), FloatWeight(torch.randn(5, HIDDEN))
+    ops, weight = gpu_ops(torch.float32), packed(head, torch.float32)
+    norm, chosen = torch.ones(HIDDEN, device=DEVICE), torch.arange(66, device=DEVICE)
+    out, zeros = torch.empty(66, 5, device=DEVICE), torch.zeros_like(residual)
+    ops.norm_head(residual, zeros, chosen, norm, 1e-5, weight, out)
+    assert ops.all_finite(out)
+    residual[65, 3] = torch.inf
+    ops.norm_head(residual, zeros, chosen, norm, 1e-5, weight, out)
+    assert not ops.all_finite(out)
 
 
 @pytest.mark.parametrize("group", [32, 128])

@@ -10,6 +10,7 @@ import torch
 
 from roofline.budget import DEQUANTIZED_ROWS, PARTIAL_ROWS, SPLIT_TOKENS
 from roofline.ops import FloatWeight, Int8Weight, PackedWeight, Weight
+from roofline.ops.gpu.triton_support import power_of_two
 
 CHUNK = 128  # columns of INT8 that a product takes at once, at most; all of one group
 FLOAT_CHUNK = 64
@@ -106,7 +107,7 @@ def pack(
 
 def plan_gemv(rows: int, columns: int, chunk: int, item_bytes: int) -> GemvPlan:
     """Whole rows, or spans of 2 KB of long ones; together 8 KB a program are on their way."""
-    whole = _power_of_two(-(-columns // chunk))
+    whole = power_of_two(-(-columns // chunk))
     largest = 4096 // (chunk * item_bytes)
     if whole > largest:
         return GemvPlan(2, largest // 2 if item_bytes == 1 else largest, 4)
@@ -153,7 +154,3 @@ def _library_tokens(rows: int, has_floats: bool, never: bool) -> int | None:
     if never or (not has_floats and rows > DEQUANTIZED_ROWS):
         return None
     return SPLIT_TOKENS + 1 if has_floats else 257
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -6,7 +6,6 @@ token's bits may not depend on the others, `tiles` at every size.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from roofline.budget import LIBRARY_TOKENS
@@ -16,7 +15,7 @@ from roofline.ops.gpu.gemv import gemv
 from roofline.ops.gpu.gemv_rope import gemv_rope_store
 from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, layout_of
 from roofline.ops.gpu.room import Room
-from roofline.ops.gpu.triton_support import launch
+from roofline.ops.gpu.triton_support import launch, parts, power_of_two
 
 SUM_BLOCK = 1024
 QUANTIZED_COLUMNS = 1024  # that a program rounds, at least
@@ -39,8 +38,13 @@ class Linears:
         """Write the product, in the dtype of `out`."""
         layout, tokens = layout_of(weight), len(x)
         if layout.library_tokens is not None and tokens >= layout.library_tokens:
-            assert infinite is None
             self._library(x, weight, out, room)
+            if infinite is not None:
+                assert out.is_contiguous()
+                launch(
+                    norms.find_infinite, (parts(out.numel(), 4 * SUM_BLOCK),), self.pdl,
+                    out, infinite, out.numel(), BLOCK=4 * SUM_BLOCK,
+                )  # fmt: skip
             return
         x, steps = self.rounded(x, layout, room)
         if tokens == 1 and layout.gemv is not None:
@@ -80,9 +84,9 @@ class Linears:
     ) -> None:
         """One token."""
         layout = layout_of(weight)
-        count = -(-layout.chunks // plan.chunks)
+        count = parts(layout.chunks, plan.chunks)
         launch(
-            gemv, (triton.cdiv(weight.rows, plan.rows),), self.pdl,
+            gemv, (parts(weight.rows, plan.rows),), self.pdl,
             x, steps, weight.values, weight.scales, out, infinite,
             weight.rows, layout.columns, layout.groups, 0 if steps is None else steps.stride(0),
             ROWS=plan.rows, CHUNKS=plan.chunks, CHUNK=layout.chunk, STEPS=count,
@@ -106,10 +110,10 @@ class Linears:
         plan = layout.gemv
         assert plan is not None
         x, steps = self.rounded(x, layout, room)
-        count = -(-layout.chunks // plan.chunks)
+        count = parts(layout.chunks, plan.chunks)
         _, blocks, kv_heads, block_tokens, dim = cache.values.shape
         launch(
-            gemv_rope_store, (triton.cdiv(weight.rows, plan.rows),), self.pdl,
+            gemv_rope_store, (parts(weight.rows, plan.rows),), self.pdl,
             x, steps, weight.values, weight.scales, bias, table[0], table[1], inputs.positions,
             inputs.slots, cache.values, out, layout.columns, layout.groups,
             0 if steps is None else steps.stride(0), out.shape[1], kv_heads, blocks, block_tokens,
@@ -129,8 +133,8 @@ class Linears:
     ) -> None:
         """Any number of tokens."""
         layout, tokens = layout_of(weight), len(x)
-        count = -(-layout.chunks // plan.splits)
-        grid = (triton.cdiv(tokens, plan.tokens), triton.cdiv(weight.rows, plan.rows), plan.splits)
+        count = parts(layout.chunks, plan.splits)
+        grid = (parts(tokens, plan.tokens), parts(weight.rows, plan.rows), plan.splits)
         launch(
             tiles.tiles, grid, self.pdl,
             x, steps, weight.values, weight.scales, out, infinite,
@@ -145,7 +149,7 @@ class Linears:
     def sum_splits(self, partial: Tensor, out: Tensor) -> None:
         """Add partial sums [splits, T, N] to out [T, N]."""
         assert out.is_contiguous()
-        grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
+        grid = (parts(out.numel(), SUM_BLOCK),)
         launch(
             tiles.sum_splits, grid, self.pdl,
             partial, out, out.numel(), SPLITS=len(partial), BLOCK=SUM_BLOCK,
@@ -155,7 +159,7 @@ class Linears:
         """Write the matrix [N, K] as floats."""
         layout = layout_of(weight)
         chunks = max(1, 1024 // layout.chunk)
-        grid = (triton.cdiv(weight.rows, 4), triton.cdiv(layout.chunks, chunks))
+        grid = (parts(weight.rows, 4), parts(layout.chunks, chunks))
         launch(
             lookup.dequantize, grid, self.pdl,
             weight.values, weight.scales, out, weight.rows, layout.columns, layout.groups,
@@ -171,10 +175,10 @@ class Linears:
         tokens, columns = x.shape
         values = room.take((tokens, columns), torch.int8)
         steps = room.take((layout.groups, -(-tokens // 16) * 16), torch.float32)
-        wide = triton.next_power_of_2(layout.group or columns)
+        wide = power_of_two(layout.group or columns)
         groups = max(1, QUANTIZED_COLUMNS // wide)
         launch(
-            norms.quantize, (tokens, triton.cdiv(layout.groups, groups)), self.pdl,
+            norms.quantize, (tokens, parts(layout.groups, groups)), self.pdl,
             x, values, steps, columns, layout.groups, steps.stride(0),
             OFFSET=layout.offset, GROUP=layout.group, COLUMNS=wide, GROUPS=groups,
             num_warps=4 if wide <= 4096 else 8,
@@ -198,7 +202,7 @@ class Linears:
             channels = weight.rows // 2
             launch(
                 norms.swiglu,
-                (len(part), triton.cdiv(channels, SUM_BLOCK)),
+                (len(part), parts(channels, SUM_BLOCK)),
                 self.pdl,
                 both,
                 done,

@@ -116,3 +116,20 @@ def swiglu(
     up = tl.load(both + token * 2 * F + F + channel, mask=inside, other=0).to(tl.float32)
     value = gate / (1 + tl.exp(-gate)) * up
     tl.store(out + token * F + channel, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def find_infinite(
+    x,  # [count] float32
+    infinite,  # [1] int32, set where one is NaN or infinite
+    count,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Look through what the library wrote."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + index, mask=index < count, other=0)
+    broken = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), axis=0)
+    tl.store(infinite, 1, mask=broken > 0)

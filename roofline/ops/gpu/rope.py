@@ -81,7 +81,7 @@ def rope_store(
         if scales is not None:
             halves = tl.maximum(tl.abs(first), tl.abs(second), propagate_nan=tl.PropagateNan.ALL)
             largest = tl.sum(largest_of(halves[None, :]), axis=0)  # of one
-            limit: tl.constexpr = 448.0 if FLOAT8 else 127.0
+            limit = 448.0 if FLOAT8 else 127.0
             scale = tl.div_rn(largest, limit)
             scale = tl.where(scale < SMALLEST_NORMAL, 1.0, scale)
             tl.store(scales + vector, scale, mask=slot >= 0)

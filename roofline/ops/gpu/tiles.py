@@ -125,8 +125,8 @@ def tiles(
             mask=mask,
         )
         if infinite is not None:
-            broken = mask & ~(tl.abs(sums) < float("inf"))
-            found = tl.max(tl.max(broken.to(tl.int32), axis=1), axis=0)
+            broken = tl.where(mask & (tl.abs(sums) < float("inf")), 0, mask.to(tl.int32))
+            found = tl.max(tl.max(broken, axis=1), axis=0)
             tl.store(infinite, 1, mask=found > 0)
 
 

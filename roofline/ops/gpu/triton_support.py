@@ -31,6 +31,16 @@ def launch(
     kernel[grid](*arguments, **options, PDL=pdl, launch_pdl=pdl)
 
 
+def parts(whole: int, size: int) -> int:
+    """Programs that a grid has for `whole` things, `size` each."""
+    return -(-whole // size)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is no less: the length of a block."""
+    return 1 << (number - 1).bit_length()
+
+
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
     """Allow the next kernel's programs onto the device; they wait for this kernel's end."""
