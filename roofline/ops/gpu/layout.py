@@ -14,7 +14,7 @@ from roofline.ops.gpu.triton_support import power_of_two
 
 CHUNK = 128  # columns of INT8 that a product takes at once, at most; all of one group
 FLOAT_CHUNK = 64
-PROGRAMS = 264  # two for each multiprocessor of an H100: fewer leave memory idle
+PROGRAMS = 256  # about two for each multiprocessor of an H100: fewer leave memory idle
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def plan_tiles(
         return (TilesPlan(32, 16, 1, 4, 2),)
     if deterministic:
         return (TilesPlan(64, 64, 1, 4, 4),)
-    few = [(64, 16, 4, 4), (64, 32, 4, 4), (64, 64, 4, 4)]
+    few = [(64, 16, 4, 4), (64, 32, 4, 4), (64, 64, 4, 3)]  # three programs a multiprocessor
     chunks = -(-columns // chunk)
     plans = [
         TilesPlan(r, tokens, 1 if paired else _splits(rows, r, chunks), warps, stages)
