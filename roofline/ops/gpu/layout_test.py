@@ -1,7 +1,5 @@
 """Plans of matrices: what kernels and the budget take for granted of them."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -50,7 +48,8 @@ def test_plans_fit_what_is_budgeted_and_what_kernels_take(
     assert found.is_even(found.chunks) == (columns % found.chunk == 0)
 
 
-@pytest.mark.parametrize(("group", "offset"), itertools.product([32, 128, 256], [0, 20, 64, 200]))
+@pytest.mark.parametrize("group", [32, 128, 256])
+@pytest.mark.parametrize("offset", [0, 20, 64, 200])
 def test_a_chunk_is_of_one_group(group: int, offset: int) -> None:
     offset %= group
     found = layout(8, 500, group, offset)
