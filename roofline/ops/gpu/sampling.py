@@ -204,9 +204,8 @@ def truncate_rows(
         for start in range(0, vocab, BLOCK):
             highest = tl.maximum(highest, _values(line, start + column, vocab))
         peak = tl.max(highest, 0)
-        bottom, top = (
-            _order(tl.full([1], -float("inf"), tl.float32)),
-            _order(tl.zeros([1], tl.float32) + peak),
+        bottom, top = _order(tl.full([1], -float("inf"), tl.float32)), _order(
+            tl.zeros([1], tl.float32) + peak
         )
         bottom, top = tl.min(bottom, 0), tl.min(top, 0)
         border = bottom  # the lowest value kept so far
@@ -216,9 +215,8 @@ def truncate_rows(
             while high - low > 1:
                 pivot = low + (high - low) // 2
                 weight = tl.exp(_float(pivot) - peak)
-                low, high = (
-                    tl.where(weight < least_share, pivot, low),
-                    tl.where(weight < least_share, high, pivot),
+                low, high = tl.where(weight < least_share, pivot, low), tl.where(
+                    weight < least_share, high, pivot
                 )
             border = high
         if by_count:
@@ -326,9 +324,7 @@ def penalize_rows(
         count = tl.load(counts + place, mask=live, other=0).to(tl.int32)
         at = logits + sampled * stride + token
         value = tl.load(at, mask=live, other=0.0)
-        smaller = tl.where(
-            value > 0, tl.div_rn(value, tl.zeros_like(value) + factor), value * factor
-        )
+        smaller = tl.where(value > 0, tl.div_rn(value, tl.zeros_like(value) + factor), value * factor)
         value = tl.where(count != 0, smaller, value)
         output = count & 0x3FFF
         less = tl.where(output > 0, each * output.to(tl.float32) + once, 0.0)
