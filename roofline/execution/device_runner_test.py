@@ -36,7 +36,9 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 10 * 2 * 2 * 2 * 8 * 16 * 2,  # 10 blocks: requests are preempted
     "cpu_isa": "reference", "group_size": 32,
 }  # fmt: skip
-ON_GPU: dict[str, Any] = {name: value for name, value in OPTIONS.items() if name != "cpu_isa"} | {"device": "cuda"}
+ON_GPU: dict[str, Any] = {name: value for name, value in OPTIONS.items() if name != "cpu_isa"} | {
+    "device": "cuda"
+}
 
 
 @pytest.fixture(autouse=True)

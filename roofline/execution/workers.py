@@ -14,6 +14,8 @@ from roofline.execution.device_runner import MAX_IN_FLIGHT, DeviceRunner
 from roofline.execution.devices import free_bytes
 from roofline.execution.runner import ModelRunner
 from roofline.models.checkpoints import Checkpoint
+from roofline.models.checkpoints.device_arrays import DeviceArrays
+from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.decoder import Decoder
 from roofline.models.layers import Source
 from roofline.ops import KvCache, Ops, backends
@@ -49,6 +51,8 @@ class InProcessWorkers:
         self.backend = backend = backends.choose(config, model, budget.model)
         if config.threads is not None and backend.pool is None:
             torch.set_num_threads(config.threads)
+        if config.is_on_gpu and isinstance(checkpoint, DummyCheckpoint):
+            checkpoint = checkpoint.made_of(DeviceArrays(device))
         with on(device):
             source = Source(checkpoint, progress, backend.pack, device, Uploader(device))
             decoder = Decoder(model, budget.model, mesh, source)
