@@ -117,7 +117,7 @@ class DummyCheckpoint:
         return self._arrays.join([self._hash(at, min(at + chunk, count), key) for at in starts])
 
     def _hash(self, start: int, stop: int, key: int) -> Any:
-        """Like SplitMix64 (Steele et al. 2014), of shifts that keep the sign: torch has no others."""
+        """As SplitMix64 (Steele et al. 2014), by shifts that keep the sign: torch has no others."""
         first = (start * _STEP + key + (1 << 63)) % (1 << 64) - (1 << 63)  # as int64 wraps
         words = self._steps[: stop - start] + first
         words ^= words >> 32
