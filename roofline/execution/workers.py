@@ -11,7 +11,6 @@ from roofline.config import EngineConfig
 from roofline.errors import RooflineError
 from roofline.execution import arena, kv_cache
 from roofline.execution.device_runner import MAX_IN_FLIGHT, DeviceRunner
-from roofline.execution.devices import free_bytes
 from roofline.execution.runner import ModelRunner
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.checkpoints.device_arrays import DeviceArrays
@@ -19,7 +18,7 @@ from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.decoder import Decoder
 from roofline.models.layers import Source
 from roofline.ops import KvCache, Ops, backends
-from roofline.ops.cuda import Graphs, Uploader, on
+from roofline.ops.cuda import Graphs, Uploader, free_bytes, give_up_unused, on
 from roofline.parallel.mesh import Mesh
 from roofline.scheduling.plan import StepPlan, StepResult
 
@@ -44,8 +43,8 @@ class InProcessWorkers:
         self, config: EngineConfig, checkpoint: Checkpoint, progress: Callable[[str], None]
     ) -> None:
         model, mesh = checkpoint.config, Mesh.single()
-        device = torch.device(config.device if config.is_on_gpu else "cpu")
-        available = free_bytes(config.device) if config.is_on_gpu else available_host_bytes()
+        self._device = device = torch.device(config.device if config.is_on_gpu else "cpu")
+        available = free_bytes(device) if config.is_on_gpu else available_host_bytes()
         native = checkpoint.native_groups
         self.budget = budget = plan_rank(model, config, mesh.rank, native, available)
         self.backend = backend = backends.choose(config, model, budget.model)
@@ -56,6 +55,7 @@ class InProcessWorkers:
         with on(device):
             source = Source(checkpoint, progress, backend.pack, device, Uploader(device))
             decoder = Decoder(model, budget.model, mesh, source)
+            give_up_unused(device)  # what loading took on its way
             cache = kv_cache.allocate(
                 model, config.kv_dtype, mesh.rank, budget.num_blocks, budget.step.block_size, device
             )
@@ -103,6 +103,7 @@ class InProcessWorkers:
         """Drop weights, pool and buffers; closing again does nothing."""
         self._loaded = None
         self.backend.close()
+        give_up_unused(self._device)
 
     def _rank(self) -> _Loaded:
         if self._loaded is None:
