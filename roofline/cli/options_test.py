@@ -33,7 +33,6 @@ VALUES = {  # option: text, value
     "device": ("cuda:1", "cuda:1"),
     "kv_cache_dtype": ("int8", "int8"),
     "prefill_weights": ("int8", "int8"),
-    "deterministic": ("true", True),
     "group_size": ("64", 64),
     "max_model_len": ("auto", "auto"),
     "max_num_seqs": ("7", 7),

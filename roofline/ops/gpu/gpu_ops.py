@@ -141,6 +141,10 @@ class GpuOps(Ops):
         """See `Ops.flag_finite`."""
         torch.eq(self._infinite, 0, out=out)
 
+    def truncate(self, logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> None:
+        """See `Ops.truncate`."""
+        sampling.truncate(logits, min_p, top_k, top_p, pdl=self._pdl)
+
     def choose(
         self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, out: Tensor
     ) -> None:

@@ -151,7 +151,7 @@ class Linears:
     def _library(self, x: Tensor, weight: PackedWeight, out: Tensor, room: Room) -> None:
         """By cuBLAS; the product of a pair in slices, as it is twice as wide as what it becomes."""
         layout = layout_of(weight)
-        floats = weight.values if weight.scales is None else layout.floats
+        floats = weight.values if weight.scales is None else weight.copy
         if floats is None:
             floats = room.take((weight.rows, layout.columns), x.dtype)
             self.dequantize(weight, floats)

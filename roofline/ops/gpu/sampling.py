@@ -61,11 +61,10 @@ def truncate(
     *,
     pdl: bool,
 ) -> None:
-    """Leave out what min_p, then top_k, then top_p leave out.
+    """Set to -inf what min_p, top_k and top_p leave out, in this order: `ops.truncation`, exactly.
 
-    min_p: less likely than min_p times the likeliest. top_k: less than the k-th largest; ties stay. top_p: tokens
-    before which, the largest first and of equals the lowest id, lies a mass of top_p or more. Weights are float32,
-    masses sums in float64: a token whose mass lies within 1e-6 of top_p may fall on either side.
+    But for exponentials of float64, whose last bit is a library's own: a token before which lies a mass within
+    1e-12 of top_p may fall on either side.
     """
     rows, vocab = logits.shape
     if not rows:
@@ -73,7 +72,7 @@ def truncate(
     assert logits.stride(1) == 1
     truncate_rows[(rows,)](
         logits, min_p, top_k, top_p, logits.stride(0), vocab,
-        BLOCK=_BLOCK, PDL=pdl, num_warps=16, launch_pdl=pdl,
+        BLOCK=2 * _BLOCK, PDL=pdl, num_warps=32, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -189,8 +188,8 @@ def truncate_rows(
 ):
     """One row. Borders are found by bisection over the order of float32, not by sorting.
 
-    A float's bits, the lower 31 inverted where it is negative, are an integer of the same order: 32 halvings find any
-    border exactly, each counting, or adding up the weights of, what lies above a pivot.
+    A float's bits, the lower 31 inverted where it is negative, are an integer of the same order: 16 quarterings find
+    any border exactly, each counting, or adding up the weights of, what lies above three pivots.
     """
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -204,54 +203,58 @@ def truncate_rows(
         for start in range(0, vocab, BLOCK):
             highest = tl.maximum(highest, _values(line, start + column, vocab))
         peak = tl.max(highest, 0)
-        bottom, top = _order(tl.full([1], -float("inf"), tl.float32)), _order(
-            tl.zeros([1], tl.float32) + peak
+        bottom, top = (
+            _order(tl.full([1], -float("inf"), tl.float32)),
+            _order(tl.zeros([1], tl.float32) + peak),
         )
         bottom, top = tl.min(bottom, 0), tl.min(top, 0)
+        finite = tl.abs(peak) < float("inf")
+        by_share, by_mass = by_share & finite, by_mass & finite
         border = bottom  # the lowest value kept so far
         if by_share:
-            # The weight of a value is monotone in it: the border is the lowest that weighs enough.
+            limit = tl.log(least_share.to(tl.float64))
             low, high = bottom, top
             while high - low > 1:
                 pivot = low + (high - low) // 2
-                weight = tl.exp(_float(pivot) - peak)
-                low, high = tl.where(weight < least_share, pivot, low), tl.where(
-                    weight < least_share, high, pivot
-                )
+                less = _float(pivot).to(tl.float64) - peak.to(tl.float64) < limit
+                low, high = tl.where(less, pivot, low), tl.where(less, high, pivot)
             border = high
         if by_count:
             low, high = border - 1, top + 1  # at least k lie at or above low, fewer at high
             low = tl.maximum(low, bottom)
             while high - low > 1:
-                pivot = low + (high - low) // 2
-                count = tl.zeros([BLOCK], tl.int32)
-                for start in range(0, vocab, BLOCK):
-                    value = _values(line, start + column, vocab)
-                    count += (_order(value) >= pivot).to(tl.int32)
-                enough = tl.sum(count, 0) >= kept
-                low, high = tl.where(enough, pivot, low), tl.where(enough, high, pivot)
+                low, high = _quarter(line, low, high, 0, kept, peak, vocab, BLOCK, False)
             border = tl.maximum(border, low)
-        equal_kept = vocab + 0  # of those at the border, the lowest ids
+        none = tl.full([], 0, tl.int64)
+        least, above, share = border, none, none
+        needed = tl.full([], 1.0, tl.float64)
         if by_mass:
-            whole = _weight_from(line, border, peak, vocab, BLOCK)
-            low, high = border - 1, top  # above low lies enough mass, above high less
+            part = mass * _weight_from(line, least, peak, vocab, BLOCK)
+            low, high = least - 1, top  # above low lies enough mass, above high less
             while high - low > 1:
-                pivot = low + (high - low) // 2
-                enough = _weight_from(line, pivot + 1, peak, vocab, BLOCK) / whole >= mass
-                low, high = tl.where(enough, pivot, low), tl.where(enough, high, pivot)
+                low, high = _quarter(line, low, high, 1, part, peak, vocab, BLOCK, True)
             border = high
-            above = _weight_from(line, border + 1, peak, vocab, BLOCK) / whole
-            share = tl.exp(_float(border) - peak).to(tl.float64) / whole
-            equal_kept = tl.ceil((mass - above) / share)
-            equal_kept = tl.minimum(equal_kept, vocab).to(tl.int32)
-        before = 0
+            whole, above, share = _masses(line, least, border, peak, vocab, BLOCK // 4)
+            needed = mass * whole.to(tl.float64)
+            missed = (above.to(tl.float64) >= needed) | ((above + share).to(tl.float64) < needed)
+            if missed:  # weights of float32 were too coarse, once in some thousand rows
+                low, high = least - 1, top
+                while high - low > 1:
+                    pivot = low + (high - low) // 2
+                    whole, above, share = _masses(line, least, pivot, peak, vocab, BLOCK // 4)
+                    enough = above.to(tl.float64) >= needed
+                    low, high = tl.where(enough, pivot, low), tl.where(enough, high, pivot)
+                border = high
+                whole, above, share = _masses(line, least, border, peak, vocab, BLOCK // 4)
+        before = none
         for start in range(0, vocab, BLOCK):
             token = start + column
             order = _order(_values(line, token, vocab))
             equal = (order == border).to(tl.int32)
             rank = before + tl.cumsum(equal, 0) - equal
             before += tl.sum(equal, 0)
-            left_out = (order < border) | ((equal == 1) & (rank >= equal_kept))
+            past = (equal == 1) & ((above + rank * share).to(tl.float64) >= needed)
+            left_out = (order < border) | past
             tl.store(line + token, -float("inf"), mask=left_out & (token < vocab))
 
 
@@ -278,14 +281,62 @@ def _float(order):
 
 
 @triton.jit
+def _quarter(line, low, high, above, needed, peak, vocab, BLOCK, WEIGHED: tl.constexpr):
+    """A quarter of [low, high): what lies at or above low + `above` is enough, and not for high.
+
+    Counts, or where WEIGHED adds up the weights of, what lies above each of three pivots.
+    """
+    column = tl.arange(0, BLOCK)
+    step = high - low
+    first, second, third = low + step // 4, low + step // 2, low + step - (step + 3) // 4
+    one = tl.zeros([BLOCK], tl.float32)
+    two, three = tl.zeros_like(one), tl.zeros_like(one)
+    for start in range(0, vocab, BLOCK):
+        value = _values(line, start + column, vocab)
+        order = _order(value)
+        weight = tl.full([BLOCK], 1.0, tl.float32)
+        if WEIGHED:
+            weight = tl.exp(value - peak)
+        one += tl.where(order >= first + above, weight, 0.0)
+        two += tl.where(order >= second + above, weight, 0.0)
+        three += tl.where(order >= third + above, weight, 0.0)
+    is_one = tl.sum(one.to(tl.float64), 0) >= needed
+    is_two = tl.sum(two.to(tl.float64), 0) >= needed
+    is_three = tl.sum(three.to(tl.float64), 0) >= needed
+    higher = tl.where(is_three, high, tl.where(is_two, third, tl.where(is_one, second, first)))
+    lower = tl.where(is_three, third, tl.where(is_two, second, tl.where(is_one, first, low)))
+    return lower, higher
+
+
+@triton.jit
 def _weight_from(line, border, peak, vocab, BLOCK: tl.constexpr):
     """Sum of exp(value - peak) over the values of a row at or above a border, float64."""
     column = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
         value = _values(line, start + column, vocab)
-        total += tl.where(_order(value) >= border, tl.exp(value - peak), 0.0).to(tl.float64)
-    return tl.sum(total, 0)
+        total += tl.where(_order(value) >= border, tl.exp(value - peak), 0.0)
+    return tl.sum(total.to(tl.float64), 0)
+
+
+@triton.jit
+def _masses(line, least, border, peak, vocab, BLOCK: tl.constexpr):
+    """In units of 2**-43, int64: the mass of values from `least` on, of those above a border, of one at it."""
+    column = tl.arange(0, BLOCK)
+    whole, above = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    for start in range(0, vocab, BLOCK):
+        value = _values(line, start + column, vocab)
+        order = _order(value)
+        mass = tl.where(order >= least, _mass(value, peak), 0)
+        whole += mass
+        above += tl.where(order > border, mass, 0)
+    share = _mass(_float(tl.zeros([1], tl.int64) + border), peak)
+    return tl.sum(whole, 0), tl.sum(above, 0), tl.sum(share, 0)
+
+
+@triton.jit
+def _mass(value, peak):
+    return (tl.exp(value.to(tl.float64) - peak.to(tl.float64)) * 8796093022208.0 + 0.5).to(tl.int64)
 
 
 @triton.jit
@@ -324,7 +375,9 @@ def penalize_rows(
         count = tl.load(counts + place, mask=live, other=0).to(tl.int32)
         at = logits + sampled * stride + token
         value = tl.load(at, mask=live, other=0.0)
-        smaller = tl.where(value > 0, tl.div_rn(value, tl.zeros_like(value) + factor), value * factor)
+        smaller = tl.where(
+            value > 0, tl.div_rn(value, tl.zeros_like(value) + factor), value * factor
+        )
         value = tl.where(count != 0, smaller, value)
         output = count & 0x3FFF
         less = tl.where(output > 0, each * output.to(tl.float32) + once, 0.0)

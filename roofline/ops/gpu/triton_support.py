@@ -45,6 +45,18 @@ def to_operand(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def to_float8(x, dtype: tl.constexpr):
+    """float32 rounded half to even to float8_e4m3fn."""
+    if INTERPRETED:  # it loses a carry into the exponent: round to three bits of fraction before
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        whole = x * 512  # of the smallest float8; 1.5 * 2**23 leaves no fraction
+        small = ((whole + 12582912.0) - 12582912.0) / 512
+        x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+    return x.to(dtype)
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b: float32 sums of floats, int32 sums of int8."""
     if INTERPRETED and a.dtype != tl.int8:  # its bfloat16 dot multiplies bit patterns
