@@ -67,6 +67,12 @@ class InProcessWorkers:
         self._loaded: _Loaded | None = _Loaded(decoder, cache, buffers, runner)
         self._results: deque[StepResult] = deque()
 
+    def warm_up(self, progress: Callable[[int], None]) -> None:
+        """Have a GPU's kernels compiled; `progress` is told of each of `WARM_UP_TOKENS`."""
+        runner = self._rank().runner
+        if isinstance(runner, DeviceRunner):
+            runner.warm_up(progress)
+
     def submit(self, plan: StepPlan) -> None:
         """Run a plan, or have a device that runs ahead start it."""
         runner = self._rank().runner
