@@ -49,7 +49,7 @@ REFUSED = {
     "generation_config": "",
     "rotary_order": "interleave",
     "dtype": "half",
-    "device": "tpu",
+    "device": "",
     "group_size": "many",
     "max_model_len": "0",
     "max_num_seqs": "1.5",

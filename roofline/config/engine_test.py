@@ -125,7 +125,7 @@ def test_options_given_by_name_win_over_the_environment() -> None:
         ("MAX_NUM_SEQS", "9" * 5000, "an integer from 1 to 4096"),
         ("GPU_MEMORY_UTILIZATION", "nan", "a number from 0.01 to 1.0"),
         ("ENABLE_PREFIX_CACHING", "maybe", "true or false"),
-        ("DTYPE", "half", "'bfloat16' or 'float32'"),
+        ("DTYPE", "half", "'bfloat16' or 'float16' or 'float32'"),
         ("GROUP_SIZE", "33", "supported: 32, 64, 128, 256, channel"),
     ],
 )
