@@ -36,7 +36,7 @@ MODEL = ModelConfig(
 
 
 def workers(**options: Any) -> InProcessWorkers:
-    given = {"device": "cuda", "max_num_seqs": 12, "max_model_len": 2048}
+    given: dict[str, Any] = {"device": "cuda", "max_num_seqs": 12, "max_model_len": 2048}
     config, _ = resolve(EngineConfig(**given | options))
     return InProcessWorkers(config, DummyCheckpoint(MODEL, 0), lambda name: None)
 

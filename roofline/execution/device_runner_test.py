@@ -164,7 +164,7 @@ def params_of(chance: random.Random) -> dict[str, Any]:
 def requests_of(seed: int) -> list[Request]:
     chance = random.Random(seed)
     shared = [chance.randrange(150) for _ in range(24)]
-    found = []
+    found: list[TokenOutput] = []
     for number in range(14):
         prompt = shared[: chance.choice((0, 0, 16, 24))]
         prompt = prompt + [chance.randrange(150) for _ in range(chance.randint(1, 12))]
@@ -247,7 +247,7 @@ def test_logits_that_are_nan_are_told_and_the_next_request_is_answered() -> None
     assert not engine.has_unfinished and not ahead.runner._pending
     ahead.arena["rope"].copy_(kept)
     engine.add(Request("b", [1, 2, 3], params, seed=0))
-    found = []
+    found: list[TokenOutput] = []
     while engine.has_unfinished:
         found += engine.step()
     assert sum(len(output.token_ids) for output in found) == 3
