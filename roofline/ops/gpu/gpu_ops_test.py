@@ -15,6 +15,10 @@ from roofline.ops.gpu.gpu_ops import GpuOps
 from roofline.ops.gpu.layout import pack
 from roofline.ops.reference import ReferenceOps
 
+# Of NumPy, in the interpreter: run-time bounds of loops, products with infinities.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array:DeprecationWarning", "ignore::RuntimeWarning"
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, KV_HEADS, DIM, HIDDEN, BLOCK_TOKENS = 4, 2, 24, 100, 16
 # Of the largest value: the interpreter cuts bfloat16 off where a GPU rounds it.
@@ -83,6 +87,7 @@ def moved(cache: KvCache) -> KvCache:
     [
         (torch.bfloat16, torch.bfloat16, 1, False),
         (torch.bfloat16, torch.int8, 3, True),
+        (torch.float16, torch.float16, 1, False),
         (torch.float16, torch.float8_e4m3fn, 2, False),
         (torch.float32, torch.float32, 2, True),
         (torch.float32, torch.int8, 1, False),
@@ -132,6 +137,40 @@ def cache_tolerance(dtype: torch.dtype, cache: torch.dtype) -> float:
     return TOLERANCE[dtype] + step
 
 
+@pytest.mark.parametrize("slot", [-1, 33])
+def test_one_token_with_a_bias_in_one_launch(slot: int) -> None:
+    rows = (HEADS + 2 * KV_HEADS) * DIM
+    residual, norm, weight = torch.randn(1, HIDDEN), torch.rand(HIDDEN), int8_weight(rows, HIDDEN)
+    bias, rope = torch.randn(rows), torch.randn(2, 50, DIM // 2)
+    inputs, written = replace(step(1), slots=torch.tensor([slot])), layer_cache(torch.float32)
+    query = torch.full((1, HEADS, DIM), torch.nan)
+    reference(torch.float32).norm_qkv_rope_store(
+        residual.clone(),
+        None,
+        norm,
+        1e-5,
+        weight,
+        bias,
+        None,
+        None,
+        rope,
+        inputs,
+        written,
+        1,
+        query,
+    )
+    mine, turned = moved(layer_cache(torch.float32)), torch.full_like(query, torch.nan).to(DEVICE)
+    on_device = replace(
+        inputs, positions=inputs.positions.to(DEVICE), slots=inputs.slots.to(DEVICE)
+    )
+    gpu_ops(torch.float32, torch.float32).norm_qkv_rope_store(
+        residual.to(DEVICE), None, norm.to(DEVICE), 1e-5, packed(weight, torch.float32),
+        bias.to(DEVICE), None, None, rope.to(DEVICE), on_device, mine, 1, turned,
+    )  # fmt: skip
+    assert_close(turned, query, 1e-5)
+    assert_close(mine.values, written.values, 1e-5)
+
+
 def test_quantised_values_of_nan_and_zeros() -> None:
     """A head of zeros has a scale of one, a head with NaN a scale of NaN."""
     rows = (HEADS + 2 * KV_HEADS) * DIM
@@ -168,7 +207,6 @@ def test_norm_gate_up_swiglu(tokens: int, dtype: torch.dtype) -> None:
     assert_close(mine, out, TOLERANCE[dtype])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("sampled", [[2], [3, 0, 3]])
 def test_norm_head_and_whether_its_logits_are_finite(sampled: list[int]) -> None:
     dtype = torch.bfloat16

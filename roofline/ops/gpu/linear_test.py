@@ -15,6 +15,10 @@ from roofline.ops.gpu.room import Room
 from roofline.ops.gpu.triton_support import supports_pdl
 from roofline.ops.reference import ReferenceOps, dequantize
 
+# Of NumPy, in the interpreter: run-time bounds of loops, products with infinities.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array:DeprecationWarning", "ignore::RuntimeWarning"
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALVES = (torch.bfloat16, torch.float16)
 # Of the largest value; sums are float32, and only the order of additions differs.
@@ -180,7 +184,6 @@ def test_deterministic_bits_of_a_token_do_not_depend_on_the_others(rounded: bool
         assert torch.equal(product(x[tokens].contiguous(), packed), together[tokens])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_nan_and_infinity_reach_their_token_only(tokens: int, rounded: bool) -> None:

@@ -1,4 +1,4 @@
-"""What follows the QKV projection: bias, norm of heads, rotary embedding, and the write to the cache.
+"""What follows the QKV projection: bias, norm of heads, rotary embedding, the write to the cache.
 
 A program takes one head of one token, whose largest value is the scale of a quantised cache.
 """
@@ -53,10 +53,10 @@ def rope_store(
     if bias is not None:
         first += tl.load(bias + start, mask=inside, other=0)
         second += tl.load(bias + start + HALF, mask=inside, other=0)
-    if q_norm is not None:
+    if q_norm is not None:  # noqa: SIM102 - the outer condition is a constant
         if head < heads:
             first, second = _normed(first, second, q_norm, column, inside, eps, HALF)
-    if k_norm is not None:
+    if k_norm is not None:  # noqa: SIM102
         if (head >= heads) & (head < heads + kv_heads):
             first, second = _normed(first, second, k_norm, column, inside, eps, HALF)
     if head < heads + kv_heads:

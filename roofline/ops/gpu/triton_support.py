@@ -3,8 +3,10 @@
 With dependent launch (PDL) a kernel starts while the one before it still runs, so that its first
 weights are on their way when its inputs are ready. What keeps this correct: every kernel of a chain
 calls `wait_for_previous` in every program; before that it reads nothing but weights and writes
-nothing; and its launcher passes the same `PDL` as constexpr and as `launch_pdl`.
+nothing; and it is told by `launch` whether it was launched so.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +22,13 @@ def supports_pdl(device: torch.device) -> bool:
     if INTERPRETED.value or device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], pdl: bool, *arguments: object, **options: object
+) -> None:
+    """Launch a kernel on its arguments; options are its constants, num_warps and num_stages."""
+    kernel[grid](*arguments, **options, PDL=pdl, launch_pdl=pdl)
 
 
 @triton.jit
