@@ -164,7 +164,7 @@ def params_of(chance: random.Random) -> dict[str, Any]:
 def requests_of(seed: int) -> list[Request]:
     chance = random.Random(seed)
     shared = [chance.randrange(150) for _ in range(24)]
-    found: list[TokenOutput] = []
+    found: list[Request] = []
     for number in range(14):
         prompt = shared[: chance.choice((0, 0, 16, 24))]
         prompt = prompt + [chance.randrange(150) for _ in range(chance.randint(1, 12))]
