@@ -56,8 +56,10 @@ def latency(
         load_s = time.monotonic() - started
         _check_context(llm, "input_len", input_len, output_len)
         runs = _timed(lambda seed: _Run.of(llm, **sizes, seed=seed), **counts)
+        device = llm.config.device
     typical = _typical(runs)
-    bandwidth = figures.bandwidth_gb_s(reached=typical.read_gb_s(batch_size))
+    reached = typical.read_gb_s(batch_size)
+    bandwidth = figures.bandwidth_gb_s(device=device, reached=reached)
     report = {
         "model": model,
         **sizes,
@@ -113,8 +115,9 @@ def throughput(
             ),
             **counts,
         )
+        device = llm.config.device
     source = {"model": model, "dataset": dataset_path, "input_len": None if asked else length}
-    _print(source | sizes | counts | {"load_s": load_s} | _summary(rounds), json)
+    _print(source | sizes | counts | {"load_s": load_s} | _summary(rounds, device), json)
 
 
 @dataclass(frozen=True)
@@ -219,13 +222,14 @@ def _typical(runs: Sequence[_Run]) -> figures.Decoding:
     return figures.Decoding(rate, runs[0].decoding.bytes_per_token)
 
 
-def _summary(rounds: Sequence[_Round]) -> dict[str, Any]:
+def _summary(rounds: Sequence[_Round], device: str) -> dict[str, Any]:
     """All rounds as if they were one."""
     outputs = [output for each in rounds for output in each.outputs]
     duration_s = sum(each.duration_s for each in rounds)
     read = sum(len(output.prompt_token_ids) for output in outputs)
     written = sum(len(output.outputs[0].token_ids) for output in outputs)
-    bandwidth, bytes_read = figures.bandwidth_gb_s(), sum(each.bytes_read for each in rounds)
+    bandwidth = figures.bandwidth_gb_s(device=device)
+    bytes_read = sum(each.bytes_read for each in rounds)
     return {
         "duration": duration_s,
         "completed": len(outputs),

@@ -51,15 +51,17 @@ class Decoding:
         }
 
 
-def bandwidth_gb_s(*, anew: bool = False, reached: float | None = None) -> float:
-    """Read bandwidth of this host at torch's number of threads, 1e9 bytes/s; measured once.
+def bandwidth_gb_s(
+    *, device: str = "cpu", anew: bool = False, reached: float | None = None
+) -> float:
+    """Read bandwidth of a device, 1e9 bytes/s; of a CPU at torch's threads. Measured once.
 
-    A run that has `reached` more shows that the host was busy then: it is measured again.
+    A run that has `reached` more shows that the device was busy then: it is measured again.
     """
     cache = models.builtin.cache_folder() / "bandwidth.json"
-    found = execution.bandwidth.read(cache, anew=anew)
+    found = execution.bandwidth.read(cache, device, anew=anew)
     if reached is not None and reached > found and not anew:
-        return execution.bandwidth.read(cache, anew=True)
+        return execution.bandwidth.read(cache, device, anew=True)
     return found
 
 

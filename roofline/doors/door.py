@@ -13,7 +13,7 @@ from roofline import execution
 from roofline.budget import RankBudget
 from roofline.config import EngineConfig, ModelConfig
 from roofline.doors.generation import Generation
-from roofline.doors.progress import loading_bar, tell
+from roofline.doors.progress import loading_bar, tell, warm_up_bar
 from roofline.engine import Engine
 from roofline.errors import RequestError, UsageError, shown
 from roofline.grammars.compiler import GrammarCompiler
@@ -65,6 +65,9 @@ class Door:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
         finally:
             opened.checkpoint.close()
+        if config.is_on_gpu:
+            with warm_up_bar(len(execution.device_runner.WARM_UP_TOKENS)) as advance:
+                workers.warm_up(advance)
         if (reason := workers.backend.reason) is not None:
             tell(f"PyTorch's ops run in place of the native kernels, slowly: {reason}")
         self.config, self.model_config = config, shape

@@ -9,6 +9,7 @@ from types import ModuleType
 _SUBMODULES = (
     "arena",
     "bandwidth",
+    "device_runner",
     "devices",
     "host",
     "inputs",

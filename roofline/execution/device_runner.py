@@ -6,7 +6,7 @@ device but `collect`, and a step in which a request wants more than a draw.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,9 @@ from roofline.scheduling.plan import NONE, ON_DEVICE, StepPlan, StepResult
 from roofline.upload import Layout, upload_bytes, upload_layout
 
 MAX_IN_FLIGHT = 2
+# Of steps that meet every kernel: launchers change tiles between these, and Triton compiles anew
+# for a size of one and for multiples of 16.
+WARM_UP_TOKENS = (1, 2, 16, 24, 32, 40, 64, 72, 128, 300, 512)
 
 
 @dataclass
@@ -89,6 +92,28 @@ class DeviceRunner:
         rope_table(decoder.config, arena["rope"].shape[1], out=arena["rope"])
 
     @torch.inference_mode()
+    def warm_up(self, progress: Callable[[int], None]) -> None:
+        """Run steps of padding alone, so that kernels are compiled before a request waits for them.
+
+        `progress` is told the tokens of each step.
+        """
+        most, lane = len(self._arena["residual"]), self._lanes[0]
+        with on(self.device):
+            for tokens in (size for size in WARM_UP_TOKENS if size <= most):
+                progress(tokens)
+                sampled = min(tokens, self._rows)
+                layout = upload_layout(tokens, sampled, self._rows, 0)
+                self._tables.write(lane.upload, layout, 0, [])
+                lane.send(upload_bytes(layout), self._arena["upload"])
+                for longest in {1, tokens}:
+                    program = self._program(tokens, sampled, longest)
+                    program.compute()
+                    for truncates in (False, True):
+                        program.choose(truncates)
+                lane.fetch(self._arena["result"])
+                lane.wait()
+
+    @torch.inference_mode()
     def submit(self, plan: StepPlan) -> None:
         """Start a step."""
         assert len(self._pending) < MAX_IN_FLIGHT, "collect a step before the next one"
@@ -135,7 +160,7 @@ class DeviceRunner:
         size = next((size for size in self._sizes if is_decode and size >= tokens), None)
         shape = (size, size) if size else (tokens, len(asking))
         layout = upload_layout(*shape, self._rows, self._tables.num_new_blocks)
-        self._tables.write(lane.upload, layout, entries)
+        self._tables.write(lane.upload, layout, tokens, entries)
         lane.send(upload_bytes(layout), self._arena["upload"])
         self._extend_block_table(layout)
         longest = max(entry.count for entry in entries)
@@ -258,9 +283,8 @@ class UploadTables(InputTables):
         if choices:
             self.choices.set(choices)
 
-    def write(self, upload: Tensor, layout: Layout, entries: Sequence[Entry]) -> None:
-        """Write the step into an upload; beyond its tokens and samples it is padded."""
-        tokens = entries[-1].first_token + entries[-1].count
+    def write(self, upload: Tensor, layout: Layout, tokens: int, entries: Sequence[Entry]) -> None:
+        """Write a step of so many tokens into an upload, padded beyond those and its samples."""
         sampled = sum(entry.samples for entry in entries)
         for entry in entries:
             part = slice(entry.first_token, entry.first_token + entry.count)

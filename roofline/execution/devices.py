@@ -33,12 +33,6 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, str | None]:
     return _on_gpu(config, int(number or 0)), None
 
 
-def free_bytes(device: str) -> int:
-    """Memory of a GPU that nobody has taken."""
-    free, _ = torch.cuda.mem_get_info(torch.device(device))
-    return free
-
-
 def _on_gpu(config: EngineConfig, number: int) -> EngineConfig:
     """The config on GPU `number`, or an error that says why not."""
     name = f"device cuda:{number}"

@@ -11,13 +11,14 @@ from roofline.config import EngineConfig
 from roofline.errors import RooflineError
 from roofline.execution import arena, kv_cache
 from roofline.execution.device_runner import MAX_IN_FLIGHT, DeviceRunner
-from roofline.execution.devices import free_bytes
 from roofline.execution.runner import ModelRunner
 from roofline.models.checkpoints import Checkpoint
+from roofline.models.checkpoints.device_arrays import DeviceArrays
+from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.decoder import Decoder
 from roofline.models.layers import Source
 from roofline.ops import KvCache, Ops, backends
-from roofline.ops.cuda import Graphs, Uploader, on
+from roofline.ops.cuda import Graphs, Uploader, free_bytes, give_up_unused, on
 from roofline.parallel.mesh import Mesh
 from roofline.scheduling.plan import StepPlan, StepResult
 
@@ -42,16 +43,19 @@ class InProcessWorkers:
         self, config: EngineConfig, checkpoint: Checkpoint, progress: Callable[[str], None]
     ) -> None:
         model, mesh = checkpoint.config, Mesh.single()
-        device = torch.device(config.device if config.is_on_gpu else "cpu")
-        available = free_bytes(config.device) if config.is_on_gpu else available_host_bytes()
+        self._device = device = torch.device(config.device if config.is_on_gpu else "cpu")
+        available = free_bytes(device) if config.is_on_gpu else available_host_bytes()
         native = checkpoint.native_groups
         self.budget = budget = plan_rank(model, config, mesh.rank, native, available)
         self.backend = backend = backends.choose(config, model, budget.model)
         if config.threads is not None and backend.pool is None:
             torch.set_num_threads(config.threads)
+        if config.is_on_gpu and isinstance(checkpoint, DummyCheckpoint):
+            checkpoint = checkpoint.made_of(DeviceArrays(device))
         with on(device):
             source = Source(checkpoint, progress, backend.pack, device, Uploader(device))
             decoder = Decoder(model, budget.model, mesh, source)
+            give_up_unused(device)  # what loading took on its way
             cache = kv_cache.allocate(
                 model, config.kv_dtype, mesh.rank, budget.num_blocks, budget.step.block_size, device
             )
@@ -62,6 +66,12 @@ class InProcessWorkers:
         self.max_in_flight = MAX_IN_FLIGHT if isinstance(runner, DeviceRunner) else 1
         self._loaded: _Loaded | None = _Loaded(decoder, cache, buffers, runner)
         self._results: deque[StepResult] = deque()
+
+    def warm_up(self, progress: Callable[[int], None]) -> None:
+        """Have a GPU's kernels compiled; `progress` is told of each of `WARM_UP_TOKENS`."""
+        runner = self._rank().runner
+        if isinstance(runner, DeviceRunner):
+            runner.warm_up(progress)
 
     def submit(self, plan: StepPlan) -> None:
         """Run a plan, or have a device that runs ahead start it."""
@@ -99,6 +109,7 @@ class InProcessWorkers:
         """Drop weights, pool and buffers; closing again does nothing."""
         self._loaded = None
         self.backend.close()
+        give_up_unused(self._device)
 
     def _rank(self) -> _Loaded:
         if self._loaded is None:

@@ -4,6 +4,7 @@ On a CPU the same objects do their work at once, so that what is built on them r
 """
 
 import contextlib
+import gc
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,20 @@ _CHUNK_BYTES = 32 << 20  # of pinned memory, twice: one is filled while the othe
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a device the current one of this thread: kernels, streams and events are its own."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nobody has taken, this process's own leftovers given up first."""
+    give_up_unused(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def give_up_unused(device: torch.device) -> None:
+    """Return to the driver what was allocated and is no longer used."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Uploader:
@@ -31,7 +46,7 @@ class Uploader:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; itself if it is there. It may still be on its way."""
-        if tensor.device == self.device:
+        if tensor.device.type == self.device.type:
             return tensor
         tensor = tensor.contiguous()
         sent = torch.empty_like(tensor, device=self.device)

@@ -67,7 +67,9 @@ def plan_tasks(
     live = task < count
     mine = tl.sum((ends[None, :] <= task[:, None]).to(tl.int32), 1)
     begin = tl.sum(tl.where(row[None, :] == mine[:, None], (ends - counts)[None, :], 0), 1)
-    low, high = _tiles_of(query_start, context_len, mine, live, window, GROUP, ROWS, TILE, WINDOWED)
+    low, high = _tiles_of(
+        query_start, context_len, mine, live, window, GROUP, ROWS, TILE, WINDOWED
+    )
     index = low // span + task - begin
     entry = tasks + (1 + task) * TASK_WORDS
     context = tl.load(context_len + mine, mask=live, other=0)
@@ -209,7 +211,9 @@ def _gather(mixtures, sums, piece, spans, line, KV_HEADS, ROWS, DIM, WIDTH):
         peaks = tl.load(
             sums + place * 2 + line, mask=live, other=-float("inf"), cache_modifier=".cg"
         )
-        parts = tl.load(sums + place * 2 + ROWS + line, mask=live, other=0.0, cache_modifier=".cg")
+        parts = tl.load(
+            sums + place * 2 + ROWS + line, mask=live, other=0.0, cache_modifier=".cg"
+        )
         mixture = tl.load(
             mixtures + (place + line)[:, None] * WIDTH + channel[None, :],
             mask=live[:, None] & (channel < DIM)[None, :],
