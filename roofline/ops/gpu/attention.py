@@ -17,7 +17,7 @@ from roofline.ops.gpu.attention_prompt import prompt
 
 _LOG2_E = 1 / math.log(2)
 _DECODE_ROWS = 16  # the smallest side of a tensor-core product: tokens x query heads a KV head
-_SHARED_BYTES = 200 * 1024  # shared memory of a multiprocessor that decode programs may fill
+_REGISTERS = 1 << 16  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,31 @@ class Shape:
     rows: int  # query lines of a tile: tokens x query heads of one KV head
     tile: int  # positions of KV a turn
     warps: int
-    stages: int  # turns whose KV is on its way
+    stages: int  # turns of KV in shared memory or on their way there, and one
+    resident: int = 1  # programs of a multiprocessor: their registers are bounded accordingly
+
+    @property
+    def registers(self) -> int | None:
+        """Of a thread, at most; None: as many as there are."""
+        return None if self.resident < 3 else _REGISTERS // (self.resident * 32 * self.warps) & ~7
 
 
-def decode_shape(heads: Heads, cache_bytes: int) -> Shape:
-    """How `decode` runs where an element of the cache has so many bytes."""
-    turn_bytes = 2 * 64 * heads.width * cache_bytes
+def decode_shape(heads: Heads, activation: torch.dtype, cache: torch.dtype) -> Shape:
+    """How `decode` runs: as many bytes on their way as fit, in two or three programs."""
+    turn_bytes = 2 * 64 * heads.width * cache.itemsize
     rows = max(_DECODE_ROWS, triton.next_power_of_2(heads.group))
     if turn_bytes > 64 * 1024:
-        return Shape(rows, tile=32, warps=4, stages=2)
-    return Shape(rows, tile=64, warps=4, stages=3 if turn_bytes <= 32 * 1024 else 2)
+        return Shape(rows, tile=32, warps=4, stages=2, resident=1)
+    if heads.width > 128 or activation.itemsize > 2 or rows > 16:
+        return Shape(rows, tile=64, warps=4, stages=2, resident=2)
+    return Shape(rows, tile=64, warps=4, stages=3, resident=3)
 
 
-def prompt_shape(heads: Heads, activation_bytes: int) -> Shape:
-    """How `prompt` runs at an activation dtype of so many bytes."""
+def prompt_shape(heads: Heads, activation: torch.dtype) -> Shape:
+    """How `prompt` runs: a tile of KV is used by as many query lines as registers hold."""
     least = triton.next_power_of_2(heads.group)
-    if activation_bytes > 2:
+    if heads.width > 128 or activation.itemsize > 2:
         return Shape(max(64, least), tile=32, warps=4, stages=2)
-    if heads.width > 128:
-        return Shape(max(64, least), tile=64, warps=4, stages=2)
     return Shape(max(128, least), tile=64, warps=8, stages=3)
 
 
@@ -101,9 +107,8 @@ def make_tasks(
     deterministic: bool,
 ) -> Tasks:
     """Room for the tasks of any step."""
-    shape = decode_shape(heads, cache.itemsize)
-    flight_bytes = (shape.stages - 1) * 2 * shape.tile * heads.width * cache.itemsize
-    programs = _processors(device) * min(3, max(1, _SHARED_BYTES // flight_bytes))
+    shape = decode_shape(heads, activation, cache)
+    programs = _processors(device) * shape.resident
     capacity = rows + 2 * -(-programs // heads.kv)
     return Tasks(
         torch.zeros(TASK_WORDS.value * (1 + capacity), dtype=torch.int32, device=device),
@@ -111,7 +116,7 @@ def make_tasks(
         heads,
         shape,
         programs,
-        prompt_shape(heads, activation.itemsize),
+        prompt_shape(heads, activation),
         deterministic,
     )
 
@@ -216,6 +221,7 @@ def attention(
             TILE=tasks.decode.tile,
             num_warps=tasks.decode.warps,
             num_stages=tasks.decode.stages,
+            maxnreg=tasks.decode.registers,
             **options,
         )
     fewest = 0 if tasks.deterministic else tasks.decode.rows
