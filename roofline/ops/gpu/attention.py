@@ -1,7 +1,7 @@
 """Paged attention on a GPU: the two kernels, how they are shaped, and what a step plans for them.
 
-Rows with few new tokens are cut into spans of KV and worked off by `attention_decode`, the others by
-`attention_prompt`; a step may hold both. docs/flash_attention.md says how and why.
+Rows with few new tokens are cut into spans of KV and worked off by `attention_decode`, the others
+by `attention_prompt`; a step may hold both. docs/flash_attention.md says how and why.
 """
 
 import math
@@ -181,8 +181,8 @@ def attention(
 ) -> None:
     """Causal attention of each row's last tokens over its paged context; see `Ops.attention`.
 
-    A query head h reads KV head h // group. Values and keys of an INT8 or FP8 cache are multiplied by
-    their scales in float32: as scores, and as the weights of values.
+    A query head h reads KV head h // group. Values and keys of an INT8 or FP8 cache are multiplied
+    by their scales in float32: as scores, and as the weights of values.
     """
     heads = tasks.heads
     assert query.is_contiguous() and out.is_contiguous() and block_table.stride(1) == 1

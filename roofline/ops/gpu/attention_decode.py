@@ -1,9 +1,9 @@
 """Attention of rows with few new tokens: the KV of a row is cut into spans, for many programs.
 
-A decoded token reads its whole context once: 2 x Hkv x D x bytes a position, 4,096 B a layer of Llama-3.1-8B
-in bfloat16, and does 4 x Hq x D FLOPs with it, so memory is the limit by far. Spans of all rows form one list,
-planned once a step on the device and shared by its layers; a fixed grid works it off. Whoever finishes a row's
-last span adds up the row's spans, in their order.
+A decoded token reads its whole context once: 2 x Hkv x D x bytes a position, 4,096 B a layer of
+Llama-3.1-8B in bfloat16, and does 4 x Hq x D FLOPs with it, so memory is the limit by far. Spans of
+all rows form one list, planned once a step on the device and shared by its layers; a fixed grid
+works it off. Whoever finishes a row's last span adds up the row's spans, in their order.
 """
 
 import triton

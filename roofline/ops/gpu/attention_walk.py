@@ -1,7 +1,7 @@
 """What both attention kernels do: one query tile walks a stretch of a row's paged KV.
 
-Online softmax in powers of two (Dao et al. 2022; Milakov and Gimelshein 2018): of each query row the
-highest score so far, the sum of its weights, and the weighted sum of values stay in registers.
+Online softmax in powers of two (Dao et al. 2022; Milakov and Gimelshein 2018): of each query row
+the highest score so far, the sum of its weights, and the weighted sum of values stay in registers.
 """
 
 import triton

@@ -1,7 +1,7 @@
-"""From logits to a token on a GPU: grammar masks, penalties, truncation without a sort, noise, argmax.
+"""From logits to a token on a GPU: masks, penalties, truncation without a sort, noise, argmax.
 
-A row of 128,256 logits is 0.5 MB; each pass over it is some microseconds from the second-level cache. Nothing here
-writes but into its arguments, and a row depends on nothing but itself.
+A row of 128,256 logits is 0.5 MB; each pass over it is some microseconds from the second-level
+cache. Nothing here writes but into its arguments, and a row depends on nothing but itself.
 """
 
 import torch
@@ -32,9 +32,9 @@ def choose(
 ) -> None:
     """Argmax of logits / temperature + noise (`ops.noise`), the lowest id winning ties.
 
-    The words of the noise are those of the reference, and so are quotient and sum, correctly rounded.
-    Its logarithms are float64, rounded to float32: two libraries give another float32 once in some
-    2**27 draws, and another token where that decides the largest sum.
+    The words of the noise are those of the reference, and so are quotient and sum, correctly
+    rounded. Its logarithms are float64, rounded to float32: two libraries give another float32 once
+    in some 2**27 draws, and another token where that decides the largest sum.
     """
     rows, vocab = logits.shape
     if not rows:
@@ -63,8 +63,8 @@ def truncate(
 ) -> None:
     """Set to -inf what min_p, top_k and top_p leave out, in this order: `ops.truncation`, exactly.
 
-    But for exponentials of float64, whose last bit is a library's own: a token before which lies a mass within
-    1e-12 of top_p may fall on either side.
+    But for exponentials of float64, whose last bit is a library's own: a token before which lies a
+    mass within 1e-12 of top_p may fall on either side.
     """
     rows, vocab = logits.shape
     if not rows:
@@ -188,8 +188,9 @@ def truncate_rows(
 ):
     """One row. Borders are found by bisection over the order of float32, not by sorting.
 
-    A float's bits, the lower 31 inverted where it is negative, are an integer of the same order: 16 quarterings find
-    any border exactly, each counting, or adding up the weights of, what lies above three pivots.
+    A float's bits, the lower 31 inverted where it is negative, are an integer of the same order: 16
+    quarterings find any border exactly, each counting, or adding up the weights of, what lies above
+    three pivots.
     """
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -321,7 +322,7 @@ def _weight_from(line, border, peak, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _masses(line, least, border, peak, vocab, BLOCK: tl.constexpr):
-    """In units of 2**-43, int64: the mass of values from `least` on, of those above a border, of one at it."""
+    """Mass of all values from `least` on, of those above a border, of one at it: 2**-43, int64."""
     column = tl.arange(0, BLOCK)
     whole, above = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     for start in range(0, vocab, BLOCK):
