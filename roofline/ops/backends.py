@@ -102,6 +102,7 @@ def _gpu(config: EngineConfig, model: ModelConfig) -> Backend:
     def ops(dtype: torch.dtype, arena: Arena) -> Ops:
         tasks = attention.make_tasks(
             heads,
+            dtype,
             getattr(torch, config.kv_dtype),
             config.limits.max_num_seqs,
             arena["scratch"].device,

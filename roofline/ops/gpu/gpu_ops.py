@@ -13,7 +13,7 @@ from roofline.ops.gpu import attention, lookup, norms, rope, sampling
 from roofline.ops.gpu.layout import layout_of
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
-from roofline.ops.gpu.triton_support import supports_pdl
+from roofline.ops.gpu.triton_support import launch, supports_pdl
 
 
 class GpuOps(Ops):
@@ -44,10 +44,10 @@ class GpuOps(Ops):
         if not len(token_ids):
             return
         chunks = max(1, 1024 // layout.chunk)
-        lookup.embed[(len(token_ids), triton.cdiv(layout.chunks, chunks))](
+        launch(
+            lookup.embed, (len(token_ids), triton.cdiv(layout.chunks, chunks)), self._pdl,
             token_ids, table.values, table.scales, out, first_id, table.rows,
             layout.columns, layout.groups, CHUNKS=chunks, CHUNK=layout.chunk, GROUP=layout.group,
-            PDL=self._pdl, launch_pdl=self._pdl,
         )  # fmt: skip
 
     def norm_qkv_rope_store(
@@ -141,6 +141,10 @@ class GpuOps(Ops):
         """See `Ops.flag_finite`."""
         torch.eq(self._infinite, 0, out=out)
 
+    def truncate(self, logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> None:
+        """See `Ops.truncate`."""
+        sampling.truncate(logits, min_p, top_k, top_p, pdl=self._pdl)
+
     def choose(
         self, logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, out: Tensor
     ) -> None:
@@ -158,13 +162,14 @@ class GpuOps(Ops):
         update: bool,
         sampled: Tensor | None = None,
     ) -> Tensor:
-        """RMSNorm of residual + delta, of all tokens or the sampled ones, [n, H] activation dtype."""
+        """RMSNorm of residual + delta, [n, H] activation dtype: of all or the sampled tokens."""
         hidden = residual.shape[1]
         out = room.take((len(residual if sampled is None else sampled), hidden), self.dtype)
         block = triton.next_power_of_2(hidden)
-        norms.add_norm[(len(out),)](
+        launch(
+            norms.add_norm, (len(out),), self._pdl,
             residual, delta, sampled, norm, out, None if sampled is None else self._infinite,
-            hidden, eps, UPDATE=update, BLOCK=block, PDL=self._pdl, launch_pdl=self._pdl,
+            hidden, eps, UPDATE=update, BLOCK=block,
             num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
         return out
@@ -183,12 +188,12 @@ class GpuOps(Ops):
     ) -> None:
         tokens, heads, dim = out.shape
         _, blocks, kv_heads, block_tokens, _ = cache.values.shape
-        rope.rope_store[(tokens, heads + 2 * kv_heads)](
+        launch(
+            rope.rope_store, (tokens, heads + 2 * kv_heads), self._pdl,
             mixed, bias, q_norm, k_norm, eps, table[0], table[1], inputs.positions, inputs.slots,
             cache.values, cache.scales, out, tokens, heads, kv_heads, blocks, block_tokens,
             HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), SPLITS=len(mixed),
-            FLOAT8=cache.values.dtype == torch.float8_e4m3fn,
-            PDL=self._pdl, launch_pdl=self._pdl, num_warps=1,
+            FLOAT8=cache.values.dtype == torch.float8_e4m3fn, num_warps=1,
         )  # fmt: skip
 
 

@@ -7,12 +7,12 @@ won stands here as a rule.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from roofline.budget import DEQUANTIZED_ROWS, PARTIAL_ROWS, SPLIT_TOKENS
 from roofline.ops import FloatWeight, Int8Weight, PackedWeight, Weight
 
-CHUNK = 128  # columns that a product takes at once, at most; all of one group
+CHUNK = 128  # columns of INT8 that a product takes at once, at most; all of one group
+FLOAT_CHUNK = 64
 PROGRAMS = 264  # two for each multiprocessor of an H100: fewer leave memory idle
 
 
@@ -49,7 +49,6 @@ class Layout:
     rounds_activations: bool  # to INT8, before they are multiplied
     gemv: GemvPlan | None
     tiles: tuple[TilesPlan, ...]  # by the tokens of their tile; the last serves any number
-    floats: Tensor | None  # [N, K] activation dtype: the same matrix for long prompts
     library_tokens: int | None  # from so many tokens on the library multiplies; None: never
 
     @property
@@ -89,21 +88,20 @@ def pack(
     """A matrix on its device, as it lies, with the plans of its products."""
     rows, columns = weight.values.shape
     groups = group = offset = 0
-    scales = None
+    scales = copy = None
     if isinstance(weight, Int8Weight):
-        scales, groups = weight.scales, weight.scales.shape[1]
+        scales, copy, groups = weight.scales, weight.copy, weight.scales.shape[1]
         group, offset = (weight.group, weight.offset) if groups > 1 else (0, 0)
-    chunk = min(group or CHUNK, CHUNK)
+    chunk = FLOAT_CHUNK if scales is None else min(group or CHUNK, CHUNK)
     rounds = int8_activations and scales is not None
-    has_floats = scales is None or weight.copy is not None
+    has_floats = scales is None or copy is not None
     layout = Layout(
         columns, groups, group, offset, chunk, paired, rounds,
         None if deterministic else plan_gemv(rows, columns, chunk, weight.values.element_size()),
         plan_tiles(rows, columns, chunk, paired, dtype, deterministic),
-        None if scales is None else weight.copy,
         _library_tokens(rows, has_floats, rounds or deterministic),
     )  # fmt: skip
-    return PackedWeight(weight.values, scales, rows, layout, layout.floats)
+    return PackedWeight(weight.values, scales, rows, layout, copy)
 
 
 def plan_gemv(rows: int, columns: int, chunk: int, item_bytes: int) -> GemvPlan:

@@ -15,6 +15,7 @@ from roofline.ops.gpu import lookup, norms, tiles
 from roofline.ops.gpu.gemv import gemv
 from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, layout_of
 from roofline.ops.gpu.room import Room
+from roofline.ops.gpu.triton_support import launch
 
 SUM_BLOCK = 1024
 QUANTIZED_COLUMNS = 1024  # that a program rounds, at least
@@ -40,7 +41,7 @@ class Linears:
             assert infinite is None
             self._library(x, weight, out, room)
             return
-        x, steps = self._rounded(x, layout, room)
+        x, steps = self.rounded(x, layout, room)
         if tokens == 1 and layout.gemv is not None:
             self.gemv(x, steps, weight, out, infinite, layout.gemv)
             return
@@ -62,7 +63,7 @@ class Linears:
             out = room.take((1, tokens, weight.rows), torch.float32)
             self.multiply(x, weight, out[0], room)
             return out
-        x, steps = self._rounded(x, layout, room)
+        x, steps = self.rounded(x, layout, room)
         out = room.take((splits, tokens, weight.rows), torch.float32)
         self.tiles(x, steps, weight, out, None, layout.tiles_of(tokens))
         return out
@@ -79,13 +80,13 @@ class Linears:
         """One token."""
         layout = layout_of(weight)
         count = -(-layout.chunks // plan.chunks)
-        gemv[(triton.cdiv(weight.rows, plan.rows),)](
+        launch(
+            gemv, (triton.cdiv(weight.rows, plan.rows),), self.pdl,
             x, steps, weight.values, weight.scales, out, infinite,
             weight.rows, layout.columns, layout.groups, 0 if steps is None else steps.stride(0),
             ROWS=plan.rows, CHUNKS=plan.chunks, CHUNK=layout.chunk, STEPS=count,
             SHIFT=layout.shift, OFFSET=layout.offset, GROUP=layout.group,
-            EVEN=layout.is_even(count * plan.chunks), PAIRED=layout.paired,
-            PDL=self.pdl, launch_pdl=self.pdl, num_warps=plan.warps,
+            EVEN=layout.is_even(count * plan.chunks), PAIRED=layout.paired, num_warps=plan.warps,
         )  # fmt: skip
 
     def tiles(
@@ -101,23 +102,24 @@ class Linears:
         layout, tokens = layout_of(weight), len(x)
         count = -(-layout.chunks // plan.splits)
         grid = (triton.cdiv(tokens, plan.tokens), triton.cdiv(weight.rows, plan.rows), plan.splits)
-        tiles.tiles[grid](
+        launch(
+            tiles.tiles, grid, self.pdl,
             x, steps, weight.values, weight.scales, out, infinite,
             tokens, weight.rows, layout.columns, layout.groups,
-            0 if steps is None else steps.stride(0), out.stride(-2),
-            SPLIT_CHUNKS=count, ROWS=plan.rows, TOKENS=plan.tokens, CHUNK=layout.chunk,
+            0 if steps is None else steps.stride(0), out.stride(-2), count,
+            ROWS=plan.rows, TOKENS=plan.tokens, CHUNK=layout.chunk,
             SHIFT=layout.shift, OFFSET=layout.offset, GROUP=layout.group,
             EVEN=layout.is_even(count * plan.splits), PAIRED=layout.paired, PREFETCHED_LINES=4,
-            PDL=self.pdl, launch_pdl=self.pdl, num_warps=plan.warps, num_stages=plan.stages,
+            num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
 
     def sum_splits(self, partial: Tensor, out: Tensor) -> None:
         """Add partial sums [splits, T, N] to out [T, N]."""
         assert out.is_contiguous()
         grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
-        tiles.sum_splits[grid](
+        launch(
+            tiles.sum_splits, grid, self.pdl,
             partial, out, out.numel(), SPLITS=len(partial), BLOCK=SUM_BLOCK,
-            PDL=self.pdl, launch_pdl=self.pdl,
         )  # fmt: skip
 
     def dequantize(self, weight: PackedWeight, out: Tensor) -> None:
@@ -125,13 +127,14 @@ class Linears:
         layout = layout_of(weight)
         chunks = max(1, 1024 // layout.chunk)
         grid = (triton.cdiv(weight.rows, 4), triton.cdiv(layout.chunks, chunks))
-        lookup.dequantize[grid](
+        launch(
+            lookup.dequantize, grid, self.pdl,
             weight.values, weight.scales, out, weight.rows, layout.columns, layout.groups,
             ROWS=4, CHUNKS=chunks, CHUNK=layout.chunk, SHIFT=layout.shift, OFFSET=layout.offset,
-            GROUP=layout.group, PDL=self.pdl, launch_pdl=self.pdl,
+            GROUP=layout.group,
         )  # fmt: skip
 
-    def _rounded(self, x: Tensor, layout: Layout, room: Room) -> tuple[Tensor, Tensor | None]:
+    def rounded(self, x: Tensor, layout: Layout, room: Room) -> tuple[Tensor, Tensor | None]:
         """The input as it is multiplied: as it is, or INT8 with steps [G, T and more] float32."""
         assert x.is_contiguous()
         if not layout.rounds_activations:
@@ -141,17 +144,18 @@ class Linears:
         steps = room.take((layout.groups, -(-tokens // 16) * 16), torch.float32)
         wide = triton.next_power_of_2(layout.group or columns)
         groups = max(1, QUANTIZED_COLUMNS // wide)
-        norms.quantize[(tokens, triton.cdiv(layout.groups, groups))](
+        launch(
+            norms.quantize, (tokens, triton.cdiv(layout.groups, groups)), self.pdl,
             x, values, steps, columns, layout.groups, steps.stride(0),
             OFFSET=layout.offset, GROUP=layout.group, COLUMNS=wide, GROUPS=groups,
-            PDL=self.pdl, launch_pdl=self.pdl, num_warps=4 if wide <= 4096 else 8,
+            num_warps=4 if wide <= 4096 else 8,
         )  # fmt: skip
         return values, steps
 
     def _library(self, x: Tensor, weight: PackedWeight, out: Tensor, room: Room) -> None:
         """By cuBLAS; the product of a pair in slices, as it is twice as wide as what it becomes."""
         layout = layout_of(weight)
-        floats = weight.values if weight.scales is None else layout.floats
+        floats = weight.values if weight.scales is None else weight.copy
         if floats is None:
             floats = room.take((weight.rows, layout.columns), x.dtype)
             self.dequantize(weight, floats)
@@ -163,8 +167,14 @@ class Linears:
             part, done = x[start : start + LIBRARY_TOKENS], out[start : start + LIBRARY_TOKENS]
             _matrix_product(part, floats, both[: len(part)])
             channels = weight.rows // 2
-            norms.swiglu[(len(part), triton.cdiv(channels, SUM_BLOCK))](
-                both, done, channels, BLOCK=SUM_BLOCK, PDL=self.pdl, launch_pdl=self.pdl
+            launch(
+                norms.swiglu,
+                (len(part), triton.cdiv(channels, SUM_BLOCK)),
+                self.pdl,
+                both,
+                done,
+                channels,
+                BLOCK=SUM_BLOCK,
             )
 
 

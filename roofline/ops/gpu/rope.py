@@ -1,4 +1,4 @@
-"""What follows the QKV projection: bias, norm of heads, rotary embedding, and the write to the cache.
+"""What follows the QKV projection: bias, norm of heads, rotary embedding, the write to the cache.
 
 A program takes one head of one token, whose largest value is the scale of a quantised cache.
 """
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from roofline.ops.gpu.norms import SMALLEST_NORMAL, largest_of, rounded
-from roofline.ops.gpu.triton_support import let_next_start, wait_for_previous
+from roofline.ops.gpu.triton_support import let_next_start, to_float8, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -47,16 +47,16 @@ def rope_store(
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
-        place = mixed + (tl.cast(T, tl.int64) * split + token) * rows + start
-        first += tl.load(place, mask=inside, other=0)
-        second += tl.load(place + HALF, mask=inside, other=0)
+        part = mixed + (tl.cast(T, tl.int64) * split + token) * rows + start
+        first += tl.load(part, mask=inside, other=0)
+        second += tl.load(part + HALF, mask=inside, other=0)
     if bias is not None:
         first += tl.load(bias + start, mask=inside, other=0)
         second += tl.load(bias + start + HALF, mask=inside, other=0)
-    if q_norm is not None:
+    if q_norm is not None:  # noqa: SIM102 - the outer condition is a constant
         if head < heads:
             first, second = _normed(first, second, q_norm, column, inside, eps, HALF)
-    if k_norm is not None:
+    if k_norm is not None:  # noqa: SIM102
         if (head >= heads) & (head < heads + kv_heads):
             first, second = _normed(first, second, k_norm, column, inside, eps, HALF)
     if head < heads + kv_heads:
@@ -67,9 +67,9 @@ def rope_store(
         second = second * cosine + first * sine
         first = turned
     if head < heads:
-        place = query + (token * heads + head) * (2 * HALF) + column
-        tl.store(place, first.to(query.dtype.element_ty), mask=inside)
-        tl.store(place + HALF, second.to(query.dtype.element_ty), mask=inside)
+        turned_to = query + (token * heads + head) * (2 * HALF) + column
+        tl.store(turned_to, first.to(query.dtype.element_ty), mask=inside)
+        tl.store(turned_to + HALF, second.to(query.dtype.element_ty), mask=inside)
     else:
         slot = tl.load(slots + token)
         is_value = (head - heads) // kv_heads
@@ -80,7 +80,7 @@ def rope_store(
         place = values + vector * (2 * HALF) + column
         if scales is not None:
             halves = tl.maximum(tl.abs(first), tl.abs(second), propagate_nan=tl.PropagateNan.ALL)
-            largest = tl.max(largest_of(halves[None, :]), axis=0)
+            largest = tl.sum(largest_of(halves[None, :]), axis=0)  # of one
             limit: tl.constexpr = 448.0 if FLOAT8 else 127.0
             scale = tl.div_rn(largest, limit)
             scale = tl.where(scale < SMALLEST_NORMAL, 1.0, scale)
@@ -98,7 +98,7 @@ def _store_half(place, x, scale, written, FLOAT8: tl.constexpr):
     if FLOAT8:
         within = tl.div_rn(x, scale)
         within = tl.where(within > 448.0, 448.0, tl.where(within < -448.0, -448.0, within))
-        tl.store(place, within.to(place.dtype.element_ty), mask=written)
+        tl.store(place, to_float8(within, place.dtype.element_ty), mask=written)
     else:
         tl.store(place, rounded(x, scale), mask=written)
 

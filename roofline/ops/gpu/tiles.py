@@ -30,7 +30,7 @@ def prefetch(place):
     )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "split_chunks"])
 def tiles(
     x,  # [T, K] floats or int8
     x_steps,  # [G, x_stride] float32, one a token and group, of int8
@@ -44,7 +44,7 @@ def tiles(
     G,
     x_stride,
     out_stride,  # values of a token
-    SPLIT_CHUNKS: tl.constexpr,  # chunks of K of a split
+    split_chunks,  # chunks of K of a split
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -63,7 +63,7 @@ def tiles(
     if PAIRED:
         rows = index // 2 + index % 2 * (N // 2)
     rows = tl.minimum(rows, N - 1)
-    first_chunk = tl.program_id(2) * SPLIT_CHUNKS
+    first_chunk = tl.program_id(2) * split_chunks
     row_place = weight + rows.to(tl.int64)[:, None] * K
     if PDL:
         bits: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth
@@ -80,7 +80,7 @@ def tiles(
     if scales is not None:
         scale_place = scales + rows * G
         next_scale = tl.load(scale_place + _group(first_chunk, G, CHUNK, SHIFT, OFFSET, GROUP))
-    for step in range(SPLIT_CHUNKS):
+    for step in range(split_chunks):
         chunk = first_chunk + step
         column = chunk * CHUNK - SHIFT + tl.arange(0, CHUNK)
         if EVEN:

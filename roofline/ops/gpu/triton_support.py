@@ -3,8 +3,10 @@
 With dependent launch (PDL) a kernel starts while the one before it still runs, so that its first
 weights are on their way when its inputs are ready. What keeps this correct: every kernel of a chain
 calls `wait_for_previous` in every program; before that it reads nothing but weights and writes
-nothing; and its launcher passes the same `PDL` as constexpr and as `launch_pdl`.
+nothing; and it is told by `launch` whether it was launched so.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +22,13 @@ def supports_pdl(device: torch.device) -> bool:
     if INTERPRETED.value or device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], pdl: bool, *arguments: object, **options: object
+) -> None:
+    """Launch a kernel on its arguments; options are its constants, num_warps and num_stages."""
+    kernel[grid](*arguments, **options, PDL=pdl, launch_pdl=pdl)
 
 
 @triton.jit
@@ -41,6 +50,18 @@ def to_operand(x, dtype: tl.constexpr):
     """INT8 as the floats it is multiplied with."""
     if INTERPRETED:  # its bfloat16 of an integer is a bit pattern
         return x.to(tl.float32)
+    return x.to(dtype)
+
+
+@triton.jit
+def to_float8(x, dtype: tl.constexpr):
+    """float32 rounded half to even to float8_e4m3fn."""
+    if INTERPRETED:  # it loses a carry into the exponent: round to three bits of fraction before
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        whole = x * 512  # of the smallest float8; 1.5 * 2**23 leaves no fraction
+        small = ((whole + 12582912.0) - 12582912.0) / 512
+        x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
     return x.to(dtype)
 
 
