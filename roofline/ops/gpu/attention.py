@@ -14,6 +14,7 @@ from torch import Tensor
 from roofline.ops import KvCache
 from roofline.ops.gpu.attention_decode import TASK_WORDS, decode, plan_tasks
 from roofline.ops.gpu.attention_prompt import prompt
+from roofline.ops.gpu.triton_support import launch
 
 _LOG2_E = 1 / math.log(2)
 _DECODE_ROWS = 16  # the smallest side of a tensor-core product: tokens x query heads a KV head
@@ -141,7 +142,10 @@ def plan(
     rows = len(context_len)
     table_rows = triton.next_power_of_2(rows)
     share = max(8, min(64, (1 << 14) // table_rows))
-    plan_tasks[(triton.cdiv(tasks.capacity, share),)](
+    launch(
+        plan_tasks,
+        (triton.cdiv(tasks.capacity, share),),
+        pdl,
         query_start,
         context_len,
         tasks.words,
@@ -157,9 +161,7 @@ def plan(
         TABLE_ROWS=table_rows,
         SHARE=share,
         WINDOWED=window is not None,
-        PDL=pdl,
         num_warps=4,
-        launch_pdl=pdl,
     )
 
 
@@ -200,15 +202,16 @@ def attention(
         WIDTH=heads.width,
         QUANTIZED=kv_cache.scales is not None,
         WINDOWED=window is not None,
-        PDL=pdl,
-        launch_pdl=pdl,
     )
     numbers = block_table.stride(0), window or 0, scale * _LOG2_E
     rows = len(context_len)
     if not tasks.deterministic:
         lines = tasks.capacity * heads.kv * tasks.decode.rows
         mixtures, sums = scratch[: lines * heads.width], scratch[lines * heads.width :]
-        decode[(tasks.programs,)](
+        launch(
+            decode,
+            (tasks.programs,),
+            pdl,
             query,
             *cache,
             tasks.words,
@@ -228,7 +231,10 @@ def attention(
     if len(query) and longest * heads.group > fewest:
         shape = tasks.prompt
         tiles = len(query) // (shape.rows // heads.group) + rows
-        prompt[(tiles, heads.kv)](
+        launch(
+            prompt,
+            (tiles, heads.kv),
+            pdl,
             query,
             *cache,
             query_start,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from roofline.ops.gpu.triton_support import let_next_start, wait_for_previous
+from roofline.ops.gpu.triton_support import launch, let_next_start, wait_for_previous
 
 _CHUNK = 2048  # logits a program of `choose` looks at
 _BLOCK = 4096  # logits at a time where one program walks a row
@@ -43,13 +43,15 @@ def choose(
     chunks = triton.cdiv(vocab, _CHUNK)
     peaks = scratch[: rows * chunks]
     ids = scratch[rows * chunks : 2 * rows * chunks].view(torch.int32)
-    largest_of_chunks[(rows, chunks)](
+    launch(
+        largest_of_chunks, (rows, chunks), pdl,
         logits, temperature, seed, position, peaks, ids, logits.stride(0), vocab, chunks,
-        CHUNK=_CHUNK, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        CHUNK=_CHUNK, num_warps=4,
     )  # fmt: skip
-    largest_of_rows[(rows,)](
+    launch(
+        largest_of_rows, (rows,), pdl,
         peaks, ids, out, chunks,
-        WIDTH=triton.next_power_of_2(chunks), PDL=pdl, num_warps=1, launch_pdl=pdl,
+        WIDTH=triton.next_power_of_2(chunks), num_warps=1,
     )  # fmt: skip
 
 
@@ -70,9 +72,10 @@ def truncate(
     if not rows:
         return
     assert logits.stride(1) == 1
-    truncate_rows[(rows,)](
+    launch(
+        truncate_rows, (rows,), pdl,
         logits, min_p, top_k, top_p, logits.stride(0), vocab,
-        BLOCK=2 * _BLOCK, PDL=pdl, num_warps=32, launch_pdl=pdl,
+        BLOCK=2 * _BLOCK, num_warps=32,
     )  # fmt: skip
 
 
@@ -88,9 +91,10 @@ def keep_allowed(
     if not rows:
         return
     assert logits.stride(1) == 1 and mask.stride(1) == 1
-    mask_rows[(rows, triton.cdiv(vocab, _BLOCK))](
+    launch(
+        mask_rows, (rows, triton.cdiv(vocab, _BLOCK)), pdl,
         logits, mask, mask_of, logits.stride(0), mask.stride(0), vocab,
-        BLOCK=_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -109,9 +113,10 @@ def penalize(
     if not sampled:
         return
     assert logits.stride(1) == 1 and counts.stride(1) == 1
-    penalize_rows[(sampled, triton.cdiv(vocab, _BLOCK))](
+    launch(
+        penalize_rows, (sampled, triton.cdiv(vocab, _BLOCK)), pdl,
         logits, counts, row, repetition, frequency, presence, logits.stride(0), counts.stride(0),
-        vocab, BLOCK=_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        vocab, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -124,8 +129,16 @@ def count_tokens(
 ) -> None:
     """Count a chosen token in its row's output; at most one token a row and call."""
     if len(row):
-        count_rows[(triton.cdiv(len(row), 128),)](
-            counts, row, token, counts.stride(0), len(row), PDL=pdl, num_warps=4, launch_pdl=pdl
+        launch(
+            count_rows,
+            (triton.cdiv(len(row), 128),),
+            pdl,
+            counts,
+            row,
+            token,
+            counts.stride(0),
+            len(row),
+            num_warps=4,
         )
 
 
