@@ -17,7 +17,12 @@ _BLOCK = 4096  # logits at a time where one program walks a row
 
 def choose_scratch_floats(rows: int, vocab: int) -> int:
     """Float32 elements of scratch `choose` needs."""
-    return 2 * rows * triton.cdiv(vocab, _CHUNK)
+    return 2 * _aligned(rows * triton.cdiv(vocab, _CHUNK))
+
+
+def _aligned(floats: int) -> int:
+    """So many that what comes after them is aligned at any number of rows: one compiled kernel."""
+    return triton.cdiv(floats, 64) * 64
 
 
 def choose(
@@ -41,8 +46,7 @@ def choose(
         return
     assert logits.stride(1) == 1
     chunks = triton.cdiv(vocab, _CHUNK)
-    peaks = scratch[: rows * chunks]
-    ids = scratch[rows * chunks : 2 * rows * chunks].view(torch.int32)
+    peaks, ids = scratch, scratch[_aligned(rows * chunks) :].view(torch.int32)
     launch(
         largest_of_chunks, (rows, chunks), pdl,
         logits, temperature, seed, position, peaks, ids, logits.stride(0), vocab, chunks,
@@ -398,7 +402,7 @@ def penalize_rows(
         tl.store(at, value - less, mask=live & (count != 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sampled"])
 def count_rows(counts, row, token, counts_stride, sampled, PDL: tl.constexpr):
     """128 chosen tokens."""
     let_next_start(PDL)
