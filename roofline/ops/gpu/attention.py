@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from roofline.ops import KvCache
@@ -37,7 +36,7 @@ class Heads:
     @property
     def width(self) -> int:
         """Channels of a head as tensor cores take them: a power of two."""
-        return max(16, triton.next_power_of_2(self.dim))
+        return max(16, _power_of_two(self.dim))
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Shape:
 def decode_shape(heads: Heads, activation: torch.dtype, cache: torch.dtype) -> Shape:
     """How `decode` runs: as many bytes on their way as fit, in two or three programs."""
     turn_bytes = 2 * 64 * heads.width * cache.itemsize
-    rows = max(_DECODE_ROWS, triton.next_power_of_2(heads.group))
+    rows = max(_DECODE_ROWS, _power_of_two(heads.group))
     if turn_bytes > 64 * 1024:
         return Shape(rows, tile=32, warps=4, stages=2, resident=1)
     if heads.width > 128 or activation.itemsize > 2 or rows > 16:
@@ -69,7 +68,7 @@ def decode_shape(heads: Heads, activation: torch.dtype, cache: torch.dtype) -> S
 
 def prompt_shape(heads: Heads, activation: torch.dtype) -> Shape:
     """How `prompt` runs: a tile of KV is used by as many query lines as registers hold."""
-    least = triton.next_power_of_2(heads.group)
+    least = _power_of_two(heads.group)
     if heads.width > 128 or activation.itemsize > 2:
         return Shape(max(64, least), tile=32, warps=4, stages=2)
     return Shape(max(128, least), tile=64, warps=8, stages=3)
@@ -140,11 +139,11 @@ def plan(
     if tasks.deterministic:
         return
     rows = len(context_len)
-    table_rows = triton.next_power_of_2(rows)
+    table_rows = _power_of_two(rows)
     share = max(8, min(64, (1 << 14) // table_rows))
     launch(
         plan_tasks,
-        (triton.cdiv(tasks.capacity, share),),
+        (-(-tasks.capacity // share),),
         pdl,
         query_start,
         context_len,
@@ -242,7 +241,7 @@ def attention(
             out,
             rows,
             *numbers,
-            TABLE_ROWS=triton.next_power_of_2(rows),
+            TABLE_ROWS=_power_of_two(rows),
             FEWEST=fewest,
             ROWS=shape.rows,
             TILE=shape.tile,
@@ -250,3 +249,8 @@ def attention(
             num_stages=shape.stages,
             **options,
         )
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()

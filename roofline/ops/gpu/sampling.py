@@ -17,12 +17,12 @@ _BLOCK = 4096  # logits at a time where one program walks a row
 
 def choose_scratch_floats(rows: int, vocab: int) -> int:
     """Float32 elements of scratch `choose` needs."""
-    return 2 * _aligned(rows * triton.cdiv(vocab, _CHUNK))
+    return 2 * _aligned(rows * -(-vocab // _CHUNK))
 
 
 def _aligned(floats: int) -> int:
     """So many that what comes after them is aligned at any number of rows: one compiled kernel."""
-    return triton.cdiv(floats, 64) * 64
+    return -(-floats // 64) * 64
 
 
 def choose(
@@ -45,7 +45,7 @@ def choose(
     if not rows:
         return
     assert logits.stride(1) == 1
-    chunks = triton.cdiv(vocab, _CHUNK)
+    chunks = -(-vocab // _CHUNK)
     peaks, ids = scratch, scratch[_aligned(rows * chunks) :].view(torch.int32)
     launch(
         largest_of_chunks, (rows, chunks), pdl,
@@ -55,7 +55,7 @@ def choose(
     launch(
         largest_of_rows, (rows,), pdl,
         peaks, ids, out, chunks,
-        WIDTH=triton.next_power_of_2(chunks), num_warps=1,
+        WIDTH=1 << (chunks - 1).bit_length(), num_warps=1,
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def keep_allowed(
         return
     assert logits.stride(1) == 1 and mask.stride(1) == 1
     launch(
-        mask_rows, (rows, triton.cdiv(vocab, _BLOCK)), pdl,
+        mask_rows, (rows, -(-vocab // _BLOCK)), pdl,
         logits, mask, mask_of, logits.stride(0), mask.stride(0), vocab,
         BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def penalize(
         return
     assert logits.stride(1) == 1 and counts.stride(1) == 1
     launch(
-        penalize_rows, (sampled, triton.cdiv(vocab, _BLOCK)), pdl,
+        penalize_rows, (sampled, -(-vocab // _BLOCK)), pdl,
         logits, counts, row, repetition, frequency, presence, logits.stride(0), counts.stride(0),
         vocab, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
@@ -135,7 +135,7 @@ def count_tokens(
     if len(row):
         launch(
             count_rows,
-            (triton.cdiv(len(row), 128),),
+            (-(-len(row) // 128),),
             pdl,
             counts,
             row,

@@ -30,8 +30,8 @@ def choices(logits: torch.Tensor, *columns: torch.Tensor) -> list[int]:
     rows, vocab = logits.shape
     out = torch.full((rows,), -1, device=DEVICE)
     scratch = torch.empty(sampling.choose_scratch_floats(rows, vocab), device=DEVICE)
-    on_device = [column.to(DEVICE) for column in (logits, *columns)]
-    sampling.choose(*on_device, out, scratch, pdl=PDL)
+    heat, seed, position = (column.to(DEVICE) for column in columns)
+    sampling.choose(logits.to(DEVICE), heat, seed, position, out, scratch, pdl=PDL)
     return out.tolist()
 
 
