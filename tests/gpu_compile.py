@@ -22,8 +22,9 @@ ALIGNED = [["tt.divisibility", 16]]  # what a launch finds in pointers of tensor
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
     torch.int8: "i8", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8", torch.int16: "i16",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Launch:
 
     kernel: Any
     arguments: dict[str, Any]  # of the kernel, by name
-    options: dict[str, int]
+    options: dict[str, int | None]
 
     def compile(self, capability: int) -> Compiled:
         """Compile for sm_80, sm_90, as Triton would for these arguments."""

@@ -1,23 +1,23 @@
 """Paged attention on a GPU: the two kernels, how they are shaped, and what a step plans for them.
 
-Rows with few new tokens are cut into spans of KV and worked off by `attention_decode`, the others by
-`attention_prompt`; a step may hold both. docs/flash_attention.md says how and why.
+Rows with few new tokens are cut into spans of KV and worked off by `attention_decode`, the others
+by `attention_prompt`; a step may hold both. docs/flash_attention.md says how and why.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from roofline.ops import KvCache
 from roofline.ops.gpu.attention_decode import TASK_WORDS, decode, plan_tasks
 from roofline.ops.gpu.attention_prompt import prompt
+from roofline.ops.gpu.triton_support import launch
 
 _LOG2_E = 1 / math.log(2)
 _DECODE_ROWS = 16  # the smallest side of a tensor-core product: tokens x query heads a KV head
-_SHARED_BYTES = 200 * 1024  # shared memory of a multiprocessor that decode programs may fill
+_REGISTERS = 1 << 16  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Heads:
     @property
     def width(self) -> int:
         """Channels of a head as tensor cores take them: a power of two."""
-        return max(16, triton.next_power_of_2(self.dim))
+        return max(16, _power_of_two(self.dim))
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,31 @@ class Shape:
     rows: int  # query lines of a tile: tokens x query heads of one KV head
     tile: int  # positions of KV a turn
     warps: int
-    stages: int  # turns whose KV is on its way
+    stages: int  # turns of KV in shared memory or on their way there, and one
+    resident: int = 1  # programs of a multiprocessor: their registers are bounded accordingly
+
+    @property
+    def registers(self) -> int | None:
+        """Of a thread, at most; None: as many as there are."""
+        return None if self.resident < 3 else _REGISTERS // (self.resident * 32 * self.warps) & ~7
 
 
-def decode_shape(heads: Heads, cache_bytes: int) -> Shape:
-    """How `decode` runs where an element of the cache has so many bytes."""
-    turn_bytes = 2 * 64 * heads.width * cache_bytes
-    rows = max(_DECODE_ROWS, triton.next_power_of_2(heads.group))
+def decode_shape(heads: Heads, activation: torch.dtype, cache: torch.dtype) -> Shape:
+    """How `decode` runs: as many bytes on their way as fit, in two or three programs."""
+    turn_bytes = 2 * 64 * heads.width * cache.itemsize
+    rows = max(_DECODE_ROWS, _power_of_two(heads.group))
     if turn_bytes > 64 * 1024:
-        return Shape(rows, tile=32, warps=4, stages=2)
-    return Shape(rows, tile=64, warps=4, stages=3 if turn_bytes <= 32 * 1024 else 2)
+        return Shape(rows, tile=32, warps=4, stages=2, resident=1)
+    if heads.width > 128 or activation.itemsize > 2 or rows > 16:
+        return Shape(rows, tile=64, warps=4, stages=2, resident=2)
+    return Shape(rows, tile=64, warps=4, stages=3, resident=3)
 
 
-def prompt_shape(heads: Heads, activation_bytes: int) -> Shape:
-    """How `prompt` runs at an activation dtype of so many bytes."""
-    least = triton.next_power_of_2(heads.group)
-    if activation_bytes > 2:
+def prompt_shape(heads: Heads, activation: torch.dtype) -> Shape:
+    """How `prompt` runs: a tile of KV is used by as many query lines as registers hold."""
+    least = _power_of_two(heads.group)
+    if heads.width > 128 or activation.itemsize > 2:
         return Shape(max(64, least), tile=32, warps=4, stages=2)
-    if heads.width > 128:
-        return Shape(max(64, least), tile=64, warps=4, stages=2)
     return Shape(max(128, least), tile=64, warps=8, stages=3)
 
 
@@ -101,9 +107,8 @@ def make_tasks(
     deterministic: bool,
 ) -> Tasks:
     """Room for the tasks of any step."""
-    shape = decode_shape(heads, cache.itemsize)
-    flight_bytes = (shape.stages - 1) * 2 * shape.tile * heads.width * cache.itemsize
-    programs = _processors(device) * min(3, max(1, _SHARED_BYTES // flight_bytes))
+    shape = decode_shape(heads, activation, cache)
+    programs = _processors(device) * shape.resident
     capacity = rows + 2 * -(-programs // heads.kv)
     return Tasks(
         torch.zeros(TASK_WORDS.value * (1 + capacity), dtype=torch.int32, device=device),
@@ -111,7 +116,7 @@ def make_tasks(
         heads,
         shape,
         programs,
-        prompt_shape(heads, activation.itemsize),
+        prompt_shape(heads, activation),
         deterministic,
     )
 
@@ -134,9 +139,12 @@ def plan(
     if tasks.deterministic:
         return
     rows = len(context_len)
-    table_rows = triton.next_power_of_2(rows)
+    table_rows = _power_of_two(rows)
     share = max(8, min(64, (1 << 14) // table_rows))
-    plan_tasks[(triton.cdiv(tasks.capacity, share),)](
+    launch(
+        plan_tasks,
+        (-(-tasks.capacity // share),),
+        pdl,
         query_start,
         context_len,
         tasks.words,
@@ -152,9 +160,7 @@ def plan(
         TABLE_ROWS=table_rows,
         SHARE=share,
         WINDOWED=window is not None,
-        PDL=pdl,
         num_warps=4,
-        launch_pdl=pdl,
     )
 
 
@@ -176,8 +182,8 @@ def attention(
 ) -> None:
     """Causal attention of each row's last tokens over its paged context; see `Ops.attention`.
 
-    A query head h reads KV head h // group. Values and keys of an INT8 or FP8 cache are multiplied by
-    their scales in float32: as scores, and as the weights of values.
+    A query head h reads KV head h // group. Values and keys of an INT8 or FP8 cache are multiplied
+    by their scales in float32: as scores, and as the weights of values.
     """
     heads = tasks.heads
     assert query.is_contiguous() and out.is_contiguous() and block_table.stride(1) == 1
@@ -195,15 +201,16 @@ def attention(
         WIDTH=heads.width,
         QUANTIZED=kv_cache.scales is not None,
         WINDOWED=window is not None,
-        PDL=pdl,
-        launch_pdl=pdl,
     )
     numbers = block_table.stride(0), window or 0, scale * _LOG2_E
     rows = len(context_len)
     if not tasks.deterministic:
         lines = tasks.capacity * heads.kv * tasks.decode.rows
         mixtures, sums = scratch[: lines * heads.width], scratch[lines * heads.width :]
-        decode[(tasks.programs,)](
+        launch(
+            decode,
+            (tasks.programs,),
+            pdl,
             query,
             *cache,
             tasks.words,
@@ -216,13 +223,17 @@ def attention(
             TILE=tasks.decode.tile,
             num_warps=tasks.decode.warps,
             num_stages=tasks.decode.stages,
+            maxnreg=tasks.decode.registers,
             **options,
         )
     fewest = 0 if tasks.deterministic else tasks.decode.rows
     if len(query) and longest * heads.group > fewest:
         shape = tasks.prompt
         tiles = len(query) // (shape.rows // heads.group) + rows
-        prompt[(tiles, heads.kv)](
+        launch(
+            prompt,
+            (tiles, heads.kv),
+            pdl,
             query,
             *cache,
             query_start,
@@ -230,7 +241,7 @@ def attention(
             out,
             rows,
             *numbers,
-            TABLE_ROWS=triton.next_power_of_2(rows),
+            TABLE_ROWS=_power_of_two(rows),
             FEWEST=fewest,
             ROWS=shape.rows,
             TILE=shape.tile,
@@ -238,3 +249,8 @@ def attention(
             num_stages=shape.stages,
             **options,
         )
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()

@@ -1,9 +1,9 @@
 """Attention of rows with few new tokens: the KV of a row is cut into spans, for many programs.
 
-A decoded token reads its whole context once: 2 x Hkv x D x bytes a position, 4,096 B a layer of Llama-3.1-8B
-in bfloat16, and does 4 x Hq x D FLOPs with it, so memory is the limit by far. Spans of all rows form one list,
-planned once a step on the device and shared by its layers; a fixed grid works it off. Whoever finishes a row's
-last span adds up the row's spans, in their order.
+A decoded token reads its whole context once: 2 x Hkv x D x bytes a position, 4,096 B a layer of
+Llama-3.1-8B in bfloat16, and does 4 x Hq x D FLOPs with it, so memory is the limit by far. Spans of
+all rows form one list, planned once a step on the device and shared by its layers; a fixed grid
+works it off. Whoever finishes a row's last span adds up the row's spans, in their order.
 """
 
 import triton
@@ -16,7 +16,8 @@ TASK_WORDS = tl.constexpr(8)  # int32 a task: row, positions [first, last), toke
 # context, spans of its row, first task of its row. Word 0 of the list is the number of tasks.
 _CANDIDATES = tl.constexpr(24)  # spans of 1, 2, 3, 4, 6, 8, 12, ... tiles are weighed, to 6,144
 _OVERHEAD_TILES = tl.constexpr(2)  # what starting and ending a span costs, in tiles
-_GATHERED_SPANS = tl.constexpr(32)  # spans added up at a time
+_GATHERED_LINES = tl.constexpr(4)  # query lines whose spans are added up at a time
+_GATHERED_VALUES = tl.constexpr(2048)  # of a line at a time: spans x WIDTH, as registers hold
 
 
 @triton.jit
@@ -67,9 +68,7 @@ def plan_tasks(
     live = task < count
     mine = tl.sum((ends[None, :] <= task[:, None]).to(tl.int32), 1)
     begin = tl.sum(tl.where(row[None, :] == mine[:, None], (ends - counts)[None, :], 0), 1)
-    low, high = _tiles_of(
-        query_start, context_len, mine, live, window, GROUP, ROWS, TILE, WINDOWED
-    )
+    low, high = _tiles_of(query_start, context_len, mine, live, window, GROUP, ROWS, TILE, WINDOWED)
     index = low // span + task - begin
     entry = tasks + (1 + task) * TASK_WORDS
     context = tl.load(context_len + mine, mask=live, other=0)
@@ -130,8 +129,9 @@ def decode(
     line, channel = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     pieces = tl.load(tasks) * KV_HEADS
     for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
-        head = piece % KV_HEADS
-        entry = tasks + (1 + piece // KV_HEADS) * TASK_WORDS
+        task = piece // KV_HEADS
+        head = piece - task * KV_HEADS
+        entry = tasks + (1 + task) * TASK_WORDS
         row, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         token, stop, context = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
         spans, begin = tl.load(entry + 6), tl.load(entry + 7)
@@ -184,47 +184,48 @@ def decode(
             arrived = tl.atomic_add(arrivals + row * KV_HEADS + head, 1, sem="acq_rel")
             if arrived == spans - 1:
                 tl.store(arrivals + row * KV_HEADS + head, 0)
-                for each in range(lines):
+                for start in range(0, lines, _GATHERED_LINES):
+                    each = start + tl.arange(0, _GATHERED_LINES)
+                    wanted = (each < lines)[:, None] & (channel < DIM)[None, :]
                     target = (token + each // GROUP) * (KV_HEADS * GROUP) + each % GROUP
                     gathered = _gather(
-                        mixtures, sums, begin * KV_HEADS + head, spans, each,
-                        KV_HEADS, ROWS, DIM, WIDTH,
+                        mixtures, sums, begin * KV_HEADS + head, spans, each, lines,
+                        DIM, KV_HEADS, ROWS, WIDTH,
                     )  # fmt: skip
                     tl.store(
-                        out + (target + head * GROUP) * DIM + channel,
+                        out + (target + head * GROUP)[:, None] * DIM + channel[None, :],
                         gathered.to(out.dtype.element_ty),
-                        mask=channel < DIM,
+                        mask=wanted,
                     )
 
 
 @triton.jit
-def _gather(mixtures, sums, piece, spans, line, KV_HEADS, ROWS, DIM, WIDTH):
-    """The attention [WIDTH] of one query line, of all spans of its row."""
+def _gather(mixtures, sums, piece, spans, line, lines, DIM, KV_HEADS, ROWS, WIDTH: tl.constexpr):
+    """The attention [lines, WIDTH] of some query lines, of all spans of their row."""
+    AT_A_TIME: tl.constexpr = _GATHERED_VALUES // WIDTH
     channel = tl.arange(0, WIDTH)
-    highest, total = -float("inf"), 0.0
-    mixed = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, spans, _GATHERED_SPANS):
-        span = start + tl.arange(0, _GATHERED_SPANS)
-        live = span < spans
-        place = (piece + span * KV_HEADS).to(tl.int64) * ROWS
+    highest = tl.full([_GATHERED_LINES], -float("inf"), tl.float32)
+    total = tl.zeros([_GATHERED_LINES], tl.float32)
+    mixed = tl.zeros([_GATHERED_LINES, WIDTH], tl.float32)
+    for start in range(0, spans, AT_A_TIME):
+        span = start + tl.arange(0, AT_A_TIME)
+        live = (span < spans)[None, :] & (line < lines)[:, None]
+        place = (piece + span * KV_HEADS).to(tl.int64)[None, :] * ROWS
         # Past the first-level cache, which may hold what an earlier layer left there.
-        peaks = tl.load(
-            sums + place * 2 + line, mask=live, other=-float("inf"), cache_modifier=".cg"
-        )
-        parts = tl.load(
-            sums + place * 2 + ROWS + line, mask=live, other=0.0, cache_modifier=".cg"
-        )
+        at = sums + place * 2 + line[:, None]
+        peaks = tl.load(at, mask=live, other=-float("inf"), cache_modifier=".cg")
+        parts = tl.load(at + ROWS, mask=live, other=0.0, cache_modifier=".cg")
         mixture = tl.load(
-            mixtures + (place + line)[:, None] * WIDTH + channel[None, :],
-            mask=live[:, None] & (channel < DIM)[None, :],
+            mixtures + (place + line[:, None])[:, :, None] * WIDTH + channel[None, None, :],
+            mask=live[:, :, None] & (channel < DIM)[None, None, :],
             other=0.0,
             cache_modifier=".cg",
         )
-        higher = tl.maximum(highest, tl.max(peaks, 0))
+        higher = tl.maximum(highest, tl.max(peaks, 1))
         finite = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp2(peaks - finite)
+        weights = tl.exp2(peaks - finite[:, None])
         keep = tl.exp2(highest - finite)
-        total = total * keep + tl.sum(weights * parts, 0)
-        mixed = mixed * keep + tl.sum(weights[:, None] * mixture, 0)
+        total = total * keep + tl.sum(weights * parts, 1)
+        mixed = mixed * keep[:, None] + tl.sum(weights[:, :, None] * mixture, 1)
         highest = higher
-    return mixed / total
+    return mixed / total[:, None]

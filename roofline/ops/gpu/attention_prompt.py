@@ -1,8 +1,9 @@
-"""Attention of rows with many new tokens, after FlashAttention-2 (Dao 2023), over the paged context.
+"""Attention of rows with many new tokens over the paged context: FlashAttention-2 (Dao 2023).
 
-A query tile is TOKENS tokens x the GROUP query heads of one KV head, so KV is read once for all of them. It walks
-the positions its tokens see in order: a chunk on a cached prefix differs from a whole prompt in nothing but where it
-begins. n new tokens on a context of c do 4 x Hq x D x n (c - n / 2) FLOPs: tensor cores are the limit.
+A query tile is TOKENS tokens x the GROUP query heads of one KV head, so KV is read once for all of
+them. It walks the positions its tokens see in order: a chunk on a cached prefix differs from a
+whole prompt in nothing but where it begins. n new tokens on a context of c do
+4 x Hq x D x n (c - n / 2) FLOPs: tensor cores are the limit.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """What both attention kernels do: one query tile walks a stretch of a row's paged KV.
 
-Online softmax in powers of two (Dao et al. 2022; Milakov and Gimelshein 2018): of each query row the
-highest score so far, the sum of its weights, and the weighted sum of values stay in registers.
+Online softmax in powers of two (Dao et al. 2022; Milakov and Gimelshein 2018): of each query row
+the highest score so far, the sum of its weights, and the weighted sum of values stay in registers.
 """
 
 import triton
@@ -40,12 +40,12 @@ def walk(
 ):
     """Return highest, total and mixed after the positions [first, last)."""
     channel = tl.arange(0, WIDTH)
-    block = _blocks(table, first, last, BLOCK_TOKENS, TILE)
+    block = _blocks(table, first, context, BLOCK_TOKENS, TILE)
     for start in range(first, last, TILE):
         place = start + tl.arange(0, TILE)
         live = (place >= oldest) & (place < context)
         # The next turn's blocks are looked up here: KV can then be fetched several turns ahead.
-        following = _blocks(table, start + TILE, last, BLOCK_TOKENS, TILE)
+        following = _blocks(table, start + TILE, context, BLOCK_TOKENS, TILE)
         slot = (block * KV_HEADS + head) * BLOCK_TOKENS + place % BLOCK_TOKENS
         offset = slot[:, None] * DIM + channel[None, :]
         if MASKED:
@@ -80,13 +80,13 @@ def walk(
 
 
 @triton.jit
-def _blocks(table, start, last, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr):
+def _blocks(table, start, context, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr):
     """Ids of the blocks of a turn's positions: one where it lies in one block, else [TILE]."""
     if BLOCK_TOKENS % TILE == 0:
-        block = tl.load(table + start // BLOCK_TOKENS, mask=start < last, other=0)
+        block = tl.load(table + start // BLOCK_TOKENS, mask=start < context, other=0)
     else:
         place = start + tl.arange(0, TILE)
-        block = tl.load(table + place // BLOCK_TOKENS, mask=place < last, other=0)
+        block = tl.load(table + place // BLOCK_TOKENS, mask=place < context, other=0)
     return block.to(tl.int64)
 
 

@@ -12,9 +12,7 @@ from roofline.ops.gpu.triton_support import let_next_start, wait_for_previous
 
 
 @triton.jit
-def span_columns(
-    step, SHIFT: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr
-):
+def span_columns(step, SHIFT: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
     """Columns [1, CHUNKS, CHUNK] of a span; SHIFT of the first lie before the matrix."""
     chunk = step * CHUNKS + tl.arange(0, CHUNKS)
     return chunk[None, :, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :] - SHIFT

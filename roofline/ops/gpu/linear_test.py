@@ -54,7 +54,9 @@ def product(x: Tensor, packed: PackedWeight, out: torch.dtype = torch.float32) -
     if layout.paired:
         width //= 2
     result = torch.full((len(x), width), torch.nan, dtype=out, device=DEVICE)
-    linears.multiply(x.to(DEVICE), packed, result, Room(torch.full((1 << 21,), torch.nan).to(DEVICE)))
+    linears.multiply(
+        x.to(DEVICE), packed, result, Room(torch.full((1 << 21,), torch.nan).to(DEVICE))
+    )
     return result.cpu()
 
 

@@ -50,9 +50,7 @@ def dequantize(
     wait_for_previous(PDL)
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows, step = tl.minimum(index, N - 1), tl.program_id(1)
-    values = float_weights(
-        weight, scales, rows, K, G, step, SHIFT, OFFSET, CHUNKS, CHUNK, GROUP
-    )
+    values = float_weights(weight, scales, rows, K, G, step, SHIFT, OFFSET, CHUNKS, CHUNK, GROUP)
     columns = span_columns(step, SHIFT, CHUNKS, CHUNK)
     place = out + rows.to(tl.int64)[:, None, None] * K + columns
     tl.store(place, values.to(out.dtype.element_ty), mask=(columns >= 0) & (columns < K))

@@ -111,4 +111,3 @@ def _normed(first, second, weight, column, inside, eps, HALF: tl.constexpr):
     first *= scale * tl.load(weight + column, mask=inside, other=0)
     second *= scale * tl.load(weight + column + HALF, mask=inside, other=0)
     return first, second
-

@@ -1,7 +1,7 @@
-"""From logits to a token on a GPU: grammar masks, penalties, truncation without a sort, noise, argmax.
+"""From logits to a token on a GPU: masks, penalties, truncation without a sort, noise, argmax.
 
-A row of 128,256 logits is 0.5 MB; each pass over it is some microseconds from the second-level cache. Nothing here
-writes but into its arguments, and a row depends on nothing but itself.
+A row of 128,256 logits is 0.5 MB; each pass over it is some microseconds from the second-level
+cache. Nothing here writes but into its arguments, and a row depends on nothing but itself.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from roofline.ops.gpu.triton_support import let_next_start, wait_for_previous
+from roofline.ops.gpu.triton_support import launch, let_next_start, wait_for_previous
 
 _CHUNK = 2048  # logits a program of `choose` looks at
 _BLOCK = 4096  # logits at a time where one program walks a row
@@ -17,7 +17,12 @@ _BLOCK = 4096  # logits at a time where one program walks a row
 
 def choose_scratch_floats(rows: int, vocab: int) -> int:
     """Float32 elements of scratch `choose` needs."""
-    return 2 * rows * triton.cdiv(vocab, _CHUNK)
+    return 2 * _aligned(rows * -(-vocab // _CHUNK))
+
+
+def _aligned(floats: int) -> int:
+    """So many that what comes after them is aligned at any number of rows: one compiled kernel."""
+    return -(-floats // 64) * 64
 
 
 def choose(
@@ -32,24 +37,25 @@ def choose(
 ) -> None:
     """Argmax of logits / temperature + noise (`ops.noise`), the lowest id winning ties.
 
-    The words of the noise are those of the reference, and so are quotient and sum, correctly rounded.
-    Its logarithms are float64, rounded to float32: two libraries give another float32 once in some
-    2**27 draws, and another token where that decides the largest sum.
+    The words of the noise are those of the reference, and so are quotient and sum, correctly
+    rounded. Its logarithms are float64, rounded to float32: two libraries give another float32 once
+    in some 2**27 draws, and another token where that decides the largest sum.
     """
     rows, vocab = logits.shape
     if not rows:
         return
     assert logits.stride(1) == 1
-    chunks = triton.cdiv(vocab, _CHUNK)
-    peaks = scratch[: rows * chunks]
-    ids = scratch[rows * chunks : 2 * rows * chunks].view(torch.int32)
-    largest_of_chunks[(rows, chunks)](
+    chunks = -(-vocab // _CHUNK)
+    peaks, ids = scratch, scratch[_aligned(rows * chunks) :].view(torch.int32)
+    launch(
+        largest_of_chunks, (rows, chunks), pdl,
         logits, temperature, seed, position, peaks, ids, logits.stride(0), vocab, chunks,
-        CHUNK=_CHUNK, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        CHUNK=_CHUNK, num_warps=4,
     )  # fmt: skip
-    largest_of_rows[(rows,)](
+    launch(
+        largest_of_rows, (rows,), pdl,
         peaks, ids, out, chunks,
-        WIDTH=triton.next_power_of_2(chunks), PDL=pdl, num_warps=1, launch_pdl=pdl,
+        WIDTH=1 << (chunks - 1).bit_length(), num_warps=1,
     )  # fmt: skip
 
 
@@ -63,16 +69,17 @@ def truncate(
 ) -> None:
     """Set to -inf what min_p, top_k and top_p leave out, in this order: `ops.truncation`, exactly.
 
-    But for exponentials of float64, whose last bit is a library's own: a token before which lies a mass within
-    1e-12 of top_p may fall on either side.
+    But for exponentials of float64, whose last bit is a library's own: a token before which lies a
+    mass within 1e-12 of top_p may fall on either side.
     """
     rows, vocab = logits.shape
     if not rows:
         return
     assert logits.stride(1) == 1
-    truncate_rows[(rows,)](
+    launch(
+        truncate_rows, (rows,), pdl,
         logits, min_p, top_k, top_p, logits.stride(0), vocab,
-        BLOCK=2 * _BLOCK, PDL=pdl, num_warps=32, launch_pdl=pdl,
+        BLOCK=2 * _BLOCK, num_warps=32,
     )  # fmt: skip
 
 
@@ -88,9 +95,10 @@ def keep_allowed(
     if not rows:
         return
     assert logits.stride(1) == 1 and mask.stride(1) == 1
-    mask_rows[(rows, triton.cdiv(vocab, _BLOCK))](
+    launch(
+        mask_rows, (rows, -(-vocab // _BLOCK)), pdl,
         logits, mask, mask_of, logits.stride(0), mask.stride(0), vocab,
-        BLOCK=_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -109,9 +117,10 @@ def penalize(
     if not sampled:
         return
     assert logits.stride(1) == 1 and counts.stride(1) == 1
-    penalize_rows[(sampled, triton.cdiv(vocab, _BLOCK))](
+    launch(
+        penalize_rows, (sampled, -(-vocab // _BLOCK)), pdl,
         logits, counts, row, repetition, frequency, presence, logits.stride(0), counts.stride(0),
-        vocab, BLOCK=_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        vocab, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -124,8 +133,16 @@ def count_tokens(
 ) -> None:
     """Count a chosen token in its row's output; at most one token a row and call."""
     if len(row):
-        count_rows[(triton.cdiv(len(row), 128),)](
-            counts, row, token, counts.stride(0), len(row), PDL=pdl, num_warps=4, launch_pdl=pdl
+        launch(
+            count_rows,
+            (-(-len(row) // 128),),
+            pdl,
+            counts,
+            row,
+            token,
+            counts.stride(0),
+            len(row),
+            num_warps=4,
         )
 
 
@@ -188,8 +205,9 @@ def truncate_rows(
 ):
     """One row. Borders are found by bisection over the order of float32, not by sorting.
 
-    A float's bits, the lower 31 inverted where it is negative, are an integer of the same order: 16 quarterings find
-    any border exactly, each counting, or adding up the weights of, what lies above three pivots.
+    A float's bits, the lower 31 inverted where it is negative, are an integer of the same order: 16
+    quarterings find any border exactly, each counting, or adding up the weights of, what lies above
+    three pivots.
     """
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -321,7 +339,7 @@ def _weight_from(line, border, peak, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _masses(line, least, border, peak, vocab, BLOCK: tl.constexpr):
-    """In units of 2**-43, int64: the mass of values from `least` on, of those above a border, of one at it."""
+    """Mass of all values from `least` on, of those above a border, of one at it: 2**-43, int64."""
     column = tl.arange(0, BLOCK)
     whole, above = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     for start in range(0, vocab, BLOCK):
@@ -384,7 +402,7 @@ def penalize_rows(
         tl.store(at, value - less, mask=live & (count != 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sampled"])
 def count_rows(counts, row, token, counts_stride, sampled, PDL: tl.constexpr):
     """128 chosen tokens."""
     let_next_start(PDL)

@@ -119,7 +119,11 @@ def tiles(
     else:
         mask = live[None, :] & (index < N)[:, None]
         row = tl.program_id(2).to(tl.int64) * T + token
-        tl.store(out + row[None, :] * out_stride + index[:, None], sums.to(out.dtype.element_ty), mask=mask)
+        tl.store(
+            out + row[None, :] * out_stride + index[:, None],
+            sums.to(out.dtype.element_ty),
+            mask=mask,
+        )
         if infinite is not None:
             broken = tl.where(mask & (tl.abs(sums) < float("inf")), 0, mask.to(tl.int32))
             found = tl.max(tl.max(broken, axis=1), axis=0)
