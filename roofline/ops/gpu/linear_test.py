@@ -195,3 +195,18 @@ def test_nan_and_infinity_reach_their_token_only(tokens: int, rounded: bool) -> 
         x[0, 40] = broken
         out = product(x, packed)
         assert not out[0].isfinite().any() and out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 66])  # each by another kernel; many by the library
+def test_products_that_are_not_finite_are_found(tokens: int) -> None:
+    x, weight = torch.randn(tokens, 40).to(DEVICE), FloatWeight(torch.randn(3, 40))
+    packed = pack(on_device(weight), False, dtype=x.dtype)
+    out, found = torch.empty(tokens, 3).to(DEVICE), torch.zeros(1, dtype=torch.int32).to(DEVICE)
+    linears, room = Linears(supports_pdl(DEVICE)), torch.empty(1 << 21).to(DEVICE)
+    linears.multiply(x, packed, out, Room(room), found)
+    assert not found.item()
+    for broken in (torch.nan, -torch.inf):
+        x[-1, 7] = broken
+        found.zero_()
+        linears.multiply(x, packed, out, Room(room), found)
+        assert found.item()
