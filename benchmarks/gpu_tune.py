@@ -1,6 +1,6 @@
 """Each candidate plan of a linear on a GPU, GB/s under CUDA graph replay: where `layout.py` learns.
 
-    python benchmarks/gpu_tune.py [--shapes qkv,down] [--tokens 1,8,16,32,64] [--prompts 256,2048]
+    PYTHONPATH=. python benchmarks/gpu_tune.py [--shapes qkv,down] [--tokens 1,8,16,32,64] [--prompts 256,2048]
 
 The matrices of Llama-3.1-8B in INT8 groups of 128. A graph holds a chain of launches over copies
 that are together larger than any cache; a candidate that fails is a line and no more. Kernels are
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ class Bench:
         if isinstance(plan, GemvPlan):
             return lambda: linears.gemv(x, steps, weight, out, None, plan)
         if plan is None:
-            return lambda: linears.multiply(x, weight, out, Room(self.scratch))
+            return lambda: linears.library(x, weight, out, Room(self.scratch))
         if plan.splits == 1:
             return lambda: linears.tiles(x, steps, weight, out, None, plan)
         shape = (plan.splits, candidate.tokens, self.rows)
@@ -171,9 +172,9 @@ def copies_of(shape: str) -> int:
     return max(2, -(-WORKING_SET_BYTES // (rows * columns)))
 
 
-def run(todo: list[Candidate], device: torch.device) -> list[dict[str, object]]:
+def run(todo: list[Candidate], device: torch.device) -> list[dict[str, Any]]:
     """Measure all, shape by shape."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for shape, group in itertools.groupby(sorted(todo, key=lambda c: c.shape), lambda c: c.shape):
         mine = list(group)
         bench = Bench(shape, max(c.tokens for c in mine), device, copies_of(shape))
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="128,256,2048", help="empty: none")
     parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--raw", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     tokens, prompts = (
         [int(n) for n in text.split(",") if n] for text in (arguments.tokens, arguments.prompts)
@@ -232,14 +234,12 @@ def main() -> None:
     if arguments.part is not None:
         compile_part(todo, arguments.part, arguments.processes, device)
         return
-    children = [
-        subprocess.Popen([sys.executable, *sys.argv, "--part", str(part),
-                          "--processes", str(arguments.processes)])
-        for part in range(arguments.processes)
-    ]  # fmt: skip
-    for child in children:
-        child.wait()
-    rows = run(todo, device)
+    if arguments.raw:
+        print(json.dumps(run(todo, device)))
+        return
+    sizes = ["--tokens", arguments.tokens, "--prompts", arguments.prompts]
+    compile_all(arguments.shapes, sizes, arguments.processes)
+    rows = [row for shape in arguments.shapes.split(",") for row in apart(shape, sizes)]
     best = best_of(rows)
     for line in best:
         print(line)
@@ -251,12 +251,30 @@ def main() -> None:
     print(json.dumps({"benchmark": "gpu_tune", "card": card, "best": best, "all": rows}))
 
 
-def best_of(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+def compile_all(shapes: str, sizes: list[str], processes: int) -> None:
+    """Fill Triton's disk cache, each process its part."""
+    command = [sys.executable, __file__, "--shapes", shapes, *sizes]
+    command += ["--processes", str(processes), "--part"]
+    children = [subprocess.Popen([*command, str(part)]) for part in range(processes)]
+    for child in children:
+        child.wait()
+
+
+def apart(shape: str, sizes: list[str]) -> list[dict[str, Any]]:
+    """Measure a shape in a process of its own: an illegal access spoils no other's figures."""
+    command = [sys.executable, __file__, "--shapes", shape, *sizes, "--raw"]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode:
+        return [{"shape": shape, "error": child.stderr[-300:]}]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The fastest of each product and kind."""
-    best: dict[tuple[object, ...], dict[str, object]] = {}
-    for line in rows:
+    best: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for line in (line for line in rows if "us" in line):
         key = line["shape"], line["tokens"], line["kind"]
-        if "us" in line and (key not in best or float(line["us"]) < float(best[key]["us"])):
+        if key not in best or line["us"] < best[key]["us"]:
             best[key] = line
     return list(best.values())
 

@@ -38,7 +38,7 @@ class Linears:
         """Write the product, in the dtype of `out`."""
         layout, tokens = layout_of(weight), len(x)
         if layout.library_tokens is not None and tokens >= layout.library_tokens:
-            self._library(x, weight, out, room)
+            self.library(x, weight, out, room)
             if infinite is not None:
                 assert out.is_contiguous()
                 launch(
@@ -185,7 +185,7 @@ class Linears:
         )  # fmt: skip
         return values, steps
 
-    def _library(self, x: Tensor, weight: PackedWeight, out: Tensor, room: Room) -> None:
+    def library(self, x: Tensor, weight: PackedWeight, out: Tensor, room: Room) -> None:
         """By cuBLAS; the product of a pair in slices, as it is twice as wide as what it becomes."""
         layout = layout_of(weight)
         floats = weight.values if weight.scales is None else weight.copy
