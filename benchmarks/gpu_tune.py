@@ -1,6 +1,6 @@
 """Each candidate plan of a linear on a GPU, GB/s under CUDA graph replay: where `layout.py` learns.
 
-    PYTHONPATH=. python benchmarks/gpu_tune.py [--shapes qkv,down] [--tokens 1,8,16,32,64] [--prompts 256,2048]
+    PYTHONPATH=. python benchmarks/gpu_tune.py [--shapes qkv,down] [--tokens 1,8] [--prompts 2048]
 
 The matrices of Llama-3.1-8B in INT8 groups of 128. A graph holds a chain of launches over copies
 that are together larger than any cache; a candidate that fails is a line and no more. Kernels are
