@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from roofline.budget import usable_cores
-from roofline.ops import Int8Weight, PackedWeight, StepInputs
+from roofline.ops import Int8Weight, KvCache, PackedWeight, StepInputs
 from roofline.ops.cpu import abi
 from roofline.ops.cpu.library import Library, open_library
 from roofline.ops.cpu.native import NativeOps, Pool
@@ -113,7 +113,7 @@ class Bench:
         norm, query = torch.ones(HIDDEN), torch.randn(tokens, HEADS, DIM).to(dtype)
         activated = torch.randn(tokens, CHANNELS).to(dtype)
         logits, sampled = torch.empty(1, 49152), torch.zeros(1, dtype=torch.int64)
-        inputs, kv_pool = _inputs(tokens)
+        inputs, cache = _inputs(tokens)
         rope = torch.zeros(2, CONTEXT, DIM // 2)
 
         def case(
@@ -130,14 +130,14 @@ class Bench:
             return run_all, size, copies * rows * columns * width
 
         def attend() -> None:
-            ops.attention(query, kv_pool, 0, inputs.block_table, inputs.query_start,
+            ops.attention(query, cache, 0, inputs.block_table, inputs.query_start,
                           inputs.context_len, DIM**-0.5, None, out=query)  # fmt: skip
 
         seen = tokens * CONTEXT - tokens * (tokens - 1) // 2
         out = torch.empty(tokens, HIDDEN)
         return {
             "norm_qkv_rope_store": case(qkv_rows, HIDDEN, lambda w: ops.norm_qkv_rope_store(
-                residual, delta, norm, 1e-5, w, None, None, None, rope, inputs, kv_pool, 0, query)),
+                residual, delta, norm, 1e-5, w, None, None, None, rope, inputs, cache, 0, query)),
             "attention": (attend, 2 * CONTEXT * KV_HEADS * DIM * 2, 2 * seen * HEADS * DIM),
             "linear (output)": case(HIDDEN, HIDDEN, lambda w: ops.linear(query.flatten(1), w, out)),
             "norm_gate_up_swiglu": case(2 * CHANNELS, HIDDEN, lambda w: ops.norm_gate_up_swiglu(
@@ -163,7 +163,7 @@ class Bench:
         return found
 
 
-def _inputs(tokens: int) -> tuple[StepInputs, torch.Tensor]:
+def _inputs(tokens: int) -> tuple[StepInputs, KvCache]:
     """The last `tokens` of a context, in blocks of their own."""
     blocks = CONTEXT // BLOCK_TOKENS
     positions = torch.arange(CONTEXT - tokens, CONTEXT)
@@ -175,7 +175,8 @@ def _inputs(tokens: int) -> tuple[StepInputs, torch.Tensor]:
         context_len=torch.tensor([CONTEXT], dtype=torch.int32),
         block_table=torch.arange(blocks, dtype=torch.int32).view(1, blocks),
     )
-    return inputs, torch.randn(1, 2, blocks, KV_HEADS, BLOCK_TOKENS, DIM).to(torch.bfloat16)
+    values = torch.randn(1, 2, blocks, KV_HEADS, BLOCK_TOKENS, DIM).to(torch.bfloat16)
+    return inputs, KvCache(values, None)
 
 
 if __name__ == "__main__":

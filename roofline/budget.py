@@ -13,11 +13,20 @@ from pathlib import Path
 
 from roofline.config import GROUP_SIZES, EngineConfig, ModelConfig, ParallelConfig, WeightFormat
 from roofline.errors import CapacityError, UsageError
+from roofline.upload import HOST_BUFFERS, upload_bytes, upload_layout
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
+ITEM_BYTES = {
+    "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4,
+    "float64": 8, "int32": 4, "int64": 8,
+}  # fmt: skip
 SCALE_BYTES = 4
 LOGIT_ROWS = 16  # at least, so that a prompt's logprobs do not pass through the head one by one
 SCRATCH_VALUES = 1 << 20  # a slab of dequantised weights that stays in cache, or one row
+# On a GPU: sums of a matrix whose columns are cut in splits, [splits, tokens, rows] float32, are of
+# at most so many tokens and rows of all splits; a matrix of so many rows at most is turned into
+# floats for the library, and the product before SwiGLU is made for so many tokens at a time.
+SPLIT_TOKENS, PARTIAL_ROWS = 64, 32768
+DEQUANTIZED_ROWS, LIBRARY_TOKENS = 65536, 2048
 ROW_MULTIPLE = 16  # rows of a matrix in memory: the lanes of a SIMD register
 
 NativeGroups = Mapping[str, int]  # group size of each checkpoint tensor that is INT8 on disk
@@ -52,6 +61,7 @@ class MatrixPlan:
     group: int  # columns that share a scale; 0: floats of `dtype`
     offset: int  # columns of the first group that lie on another rank
     dtype: str
+    keeps_bfloat16: bool = False  # beside INT8
 
     @property
     def groups(self) -> int:
@@ -63,6 +73,11 @@ class MatrixPlan:
         """Bytes of the values, without scales."""
         size = 1 if self.group else ITEM_BYTES[self.dtype]
         return padded_rows(self.rows) * self.columns * size
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the bfloat16 copy of INT8."""
+        return self.rows * self.columns * 2 if self.group and self.keeps_bfloat16 else 0
 
     @property
     def scale_bytes(self) -> int:
@@ -105,8 +120,9 @@ class ModelPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Matrices without their scales, and the vectors."""
-        return sum(m.weight_bytes for m in self.matrices()) + 4 * self.vector_values
+        """Matrices without their scales but with their copies, and the vectors."""
+        held = sum(m.weight_bytes + m.copy_bytes for m in self.matrices())
+        return held + 4 * self.vector_values
 
     @property
     def scale_bytes(self) -> int:
@@ -166,7 +182,8 @@ def _plan_layer(
         group = weights.group(columns, natives.pop() if len(natives) == 1 else None)
         offset = cut.start % group if group else 0
         name = layer_tensor(layer, "+".join(pieces))
-        return MatrixPlan(name, rows, len(cut), group, offset, weights.dtype)
+        copied = weights.keeps_bfloat16
+        return MatrixPlan(name, rows, len(cut), group, offset, weights.dtype, copied)
 
     whole = range(hidden)
     heads = range(query.start * dim, query.stop * dim)
@@ -244,6 +261,71 @@ def plan_step_buffers(
     return buffers
 
 
+def plan_buffers(
+    model: ModelConfig, config: EngineConfig, rank: Rank, step: StepShape, plan: ModelPlan
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arena of the device a model runs on."""
+    if config.is_on_gpu:
+        return plan_device_buffers(model, config, rank, step, plan)
+    return plan_step_buffers(model, config.dtype, rank, step)
+
+
+def plan_device_buffers(
+    model: ModelConfig, config: EngineConfig, rank: Rank, step: StepShape, plan: ModelPlan
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arena of a GPU: what a step is told of comes in one upload, and its tokens go as one."""
+    buffers = plan_step_buffers(model, config.dtype, rank, step)
+    rows, sampled = step.max_num_seqs, max(step.max_num_seqs, LOGIT_ROWS)
+    for name in HOST_BUFFERS:
+        buffers.pop(name, None)
+    layout = upload_layout(step.max_num_batched_tokens, sampled, rows, rows * step.blocks_per_row)
+    buffers["upload"] = (upload_bytes(layout),), "uint8"
+    buffers["last_token"] = (rows + 1,), "int64"  # the last is of padding
+    buffers["result"] = (sampled + 1,), "int64"  # tokens, and whether all logits were finite
+    tokens, copied = step.max_num_batched_tokens, config.weights.keeps_bfloat16
+    rooms = (  # of which an op at a time uses one
+        buffers["scratch"][0][0],
+        gpu_scratch_values(plan, tokens, config.dtype, copied),
+        gpu_attention_values(model, rank, rows),
+    )
+    buffers["scratch"] = (max(rooms),), "float32"
+    return buffers
+
+
+def gpu_attention_values(model: ModelConfig, rank: Rank, rows: int) -> int:
+    """Float32 values of partial sums while rows are cut into spans for every multiprocessor."""
+    kv_heads = len(rank.parallel.kv_heads(model, rank.tp_rank))
+    shared = 1 << (model.num_heads // model.num_kv_heads - 1).bit_length()
+    spans = rows + 2 * -(-_MOST_PROGRAMS // kv_heads)
+    width = 1 << (model.head_dim - 1).bit_length()
+    return spans * kv_heads * max(16, shared) * (max(16, width) + 2)
+
+
+_MOST_PROGRAMS = 1024  # of attention, at once on a GPU
+
+
+def gpu_scratch_values(plan: ModelPlan, tokens: int, dtype: str, keeps_floats: bool) -> int:
+    """Float32 values that the GPU's linears need on their way, in a step of `tokens` on one rank.
+
+    `keeps_floats`: the copy for long prompts is there, so nothing is dequantised.
+    """
+    item, padded = ITEM_BYTES[dtype], -(-tokens // 16) * 16
+    partial = 4 * SPLIT_TOKENS * PARTIAL_ROWS
+    head = plan.head or plan.embedding
+    products = [(head, partial)] if head is not None else []
+    for layer in plan.layers.values():
+        products += [(layer.output, partial), (layer.down, partial)]
+        products += [(layer.qkv, max(partial, 4 * tokens * layer.qkv.rows))]  # read by RoPE
+        products += [(layer.gate_up, min(tokens, LIBRARY_TOKENS) * layer.gate_up.rows * item)]
+    needed = 0
+    for matrix, sums in products:
+        room = [tokens * matrix.columns * item, tokens * matrix.columns, padded * matrix.groups * 4]
+        if matrix.group and not keeps_floats and matrix.rows <= DEQUANTIZED_ROWS:
+            room += [matrix.rows * matrix.columns * item]
+        needed = max(needed, sum(-(-size // 256) * 64 for size in [*room, sums]))
+    return needed
+
+
 def quantized_values(tokens: int, columns: int) -> int:
     """Float32 values that take as much as activations in INT8: values, scales and sums."""
     groups = -(-columns // min(GROUP_SIZES)) + 1  # a cut may begin inside a group
@@ -256,10 +338,16 @@ def buffer_bytes(buffers: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
 
 
 def kv_block_bytes(model: ModelConfig, dtype: str, rank: Rank, block_size: int) -> int:
-    """Bytes of one KV block over all the layers and heads of a rank."""
+    """Bytes of one KV block over all the layers and heads of a rank; `dtype` is the cache's."""
     layers = len(rank.parallel.layers(model, rank.stage))
     heads = len(rank.parallel.kv_heads(model, rank.tp_rank))
-    return layers * 2 * heads * block_size * model.head_dim * ITEM_BYTES[dtype]
+    scale_bytes = SCALE_BYTES if is_quantized(dtype) else 0
+    return layers * 2 * heads * block_size * (model.head_dim * ITEM_BYTES[dtype] + scale_bytes)
+
+
+def is_quantized(dtype: str) -> bool:
+    """Whether a KV cache of a dtype has scales."""
+    return ITEM_BYTES[dtype] == 1
 
 
 def kv_token_bytes(model: ModelConfig, dtype: str) -> int:
@@ -337,7 +425,8 @@ class _Sizing:
         step, activation_bytes = self._step(length)
         block_bytes = self._block_bytes()
         room = self._kv_room(activation_bytes, available_bytes)
-        blocks = min(room // block_bytes, self.config.max_num_seqs * step.blocks_per_row)
+        rows = self.config.limits.max_num_seqs
+        blocks = min(room // block_bytes, rows * step.blocks_per_row)
         if blocks < step.blocks_per_row:
             return None
         return RankBudget(self.weights, step, blocks, blocks * block_bytes, activation_bytes)
@@ -361,20 +450,22 @@ class _Sizing:
         )
 
     def _step(self, length: int) -> tuple[StepShape, int]:
-        config = self.config
+        limits = self.config.limits
         step = StepShape(
-            config.max_num_batched_tokens, config.max_num_seqs, length, config.block_size
+            limits.max_num_batched_tokens, limits.max_num_seqs, length, limits.block_size
         )
-        buffers = plan_step_buffers(self.model, config.dtype, self.rank, step)
-        return step, buffer_bytes(buffers)
+        return step, buffer_bytes(
+            plan_buffers(self.model, self.config, self.rank, step, self.weights)
+        )
 
     def _block_bytes(self) -> int:
-        return kv_block_bytes(self.model, self.config.dtype, self.rank, self.config.block_size)
+        config = self.config
+        return kv_block_bytes(self.model, config.kv_dtype, self.rank, config.limits.block_size)
 
     def _kv_room(self, activation_bytes: int, available_bytes: int) -> int:
         if self.config.kv_cache_memory_bytes is not None:
             return self.config.kv_cache_memory_bytes
-        budget = int(available_bytes * self.config.gpu_memory_utilization)
+        budget = int(available_bytes * self.config.limits.memory_share)
         return budget - self.weights.weight_bytes - self.weights.scale_bytes - activation_bytes
 
 
@@ -384,6 +475,7 @@ def step_read_bytes(plan: ModelPlan, rank: Rank) -> int:
     if rank.is_last_stage and plan.head is None:
         lookup_only = None  # tied: the head reads it whole
     unread = lookup_only.weight_bytes + lookup_only.scale_bytes if lookup_only else 0
+    unread += sum(matrix.copy_bytes for matrix in plan.matrices())
     return plan.weight_bytes + plan.scale_bytes - unread
 
 

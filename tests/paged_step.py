@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roofline.ops import Ops
+from roofline.ops import KvCache, Ops
 
 MIXED = [(1, 1), (37, 37), (0, 0), (300, 1), (90, 33), (40, 0), (64, 16), (257, 2)]
 
@@ -70,7 +70,7 @@ class PagedStep:
     ) -> Tensor:
         out = torch.full_like(query, torch.nan)
         ops.attention(
-            query, self.pool, 1, table, query_start, torch.tensor(contexts).int(),
+            query, KvCache(self.pool, None), 1, table, query_start, torch.tensor(contexts).int(),
             self.dim**-0.5, window, out,
         )  # fmt: skip
         return out

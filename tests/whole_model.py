@@ -34,7 +34,7 @@ class WholeModel:
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits [T, V] float32 at every position of a sequence [T]."""
-        tokens, size = len(token_ids), self._config.block_size
+        tokens, size = len(token_ids), self._config.limits.block_size
         pool = kv_cache.allocate(self._model, self._config.dtype, Rank(), self._blocks, size)
         positions = torch.arange(tokens)
         inputs = StepInputs(

@@ -48,15 +48,18 @@ def latency(
     counts = {"num_iters": num_iters, "num_iters_warmup": num_iters_warmup}
     _check(sizes | counts)
     config = EngineConfig.from_options(given, os.environ, _defaults(batch_size))
-    if config.max_num_seqs < batch_size:
-        raise UsageError(f"batch_size {batch_size} is more than max_num_seqs {config.max_num_seqs}")
+    rows = config.limits.max_num_seqs
+    if rows < batch_size:
+        raise UsageError(f"batch_size {batch_size} is more than max_num_seqs {rows}")
     started = time.monotonic()
     with roofline.LLM.from_config(model, config) as llm:
         load_s = time.monotonic() - started
         _check_context(llm, "input_len", input_len, output_len)
         runs = _timed(lambda seed: _Run.of(llm, **sizes, seed=seed), **counts)
+        device = llm.config.device
     typical = _typical(runs)
-    bandwidth = figures.bandwidth_gb_s(reached=typical.read_gb_s(batch_size))
+    reached = typical.read_gb_s(batch_size)
+    bandwidth = figures.bandwidth_gb_s(device=device, reached=reached)
     report = {
         "model": model,
         **sizes,
@@ -112,8 +115,9 @@ def throughput(
             ),
             **counts,
         )
+        device = llm.config.device
     source = {"model": model, "dataset": dataset_path, "input_len": None if asked else length}
-    _print(source | sizes | counts | {"load_s": load_s} | _summary(rounds), json)
+    _print(source | sizes | counts | {"load_s": load_s} | _summary(rounds, device), json)
 
 
 @dataclass(frozen=True)
@@ -178,9 +182,8 @@ def _timed(
 
 
 def _defaults(batch_size: int) -> dict[str, int]:
-    """A row for every prompt, and in a step a token for every row."""
-    tokens = max(batch_size, EngineConfig.max_num_batched_tokens)
-    return {"max_num_seqs": batch_size, "max_num_batched_tokens": tokens}
+    """A row for every prompt."""
+    return {"max_num_seqs": batch_size}
 
 
 def _check(counts: dict[str, int]) -> None:
@@ -223,13 +226,14 @@ def _typical(runs: Sequence[_Run]) -> figures.Decoding:
     return figures.Decoding(rate, runs[0].decoding.bytes_per_token)
 
 
-def _summary(rounds: Sequence[_Round]) -> dict[str, Any]:
+def _summary(rounds: Sequence[_Round], device: str) -> dict[str, Any]:
     """All rounds as if they were one."""
     outputs = [output for each in rounds for output in each.outputs]
     duration_s = sum(each.duration_s for each in rounds)
     read = sum(len(output.prompt_token_ids) for output in outputs)
     written = sum(len(output.outputs[0].token_ids) for output in outputs)
-    bandwidth, bytes_read = figures.bandwidth_gb_s(), sum(each.bytes_read for each in rounds)
+    bandwidth = figures.bandwidth_gb_s(device=device)
+    bytes_read = sum(each.bytes_read for each in rounds)
     return {
         "duration": duration_s,
         "completed": len(outputs),

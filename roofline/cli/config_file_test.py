@@ -50,7 +50,10 @@ REFUSED = {
     "a wrong type": ('max_num_seqs = "3"', "max_num_seqs is '3'; it must be an integer from 1"),
     "a float": ("max-num-seqs = 3.0", "max_num_seqs is 3.0; it must be an integer"),
     "out of bounds": ("max_num_seqs = 0", "max_num_seqs is 0; it must be an integer from 1"),
-    "no choice": ('dtype = "half"', "dtype is 'half'; it must be 'bfloat16' or 'float32'"),
+    "no choice": (
+        'dtype = "half"',
+        "dtype is 'half'; it must be 'bfloat16' or 'float16' or 'float32'",
+    ),
     "an integer for true": ("enable_prefix_caching = 1", "is 1; it must be true or false"),
     "a number for a text": ("tokenizer = 1", "tokenizer is 1; it must be a text"),
     "an empty text": ('generation_config = ""', "generation_config is ''; it must be a text"),

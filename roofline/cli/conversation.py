@@ -102,7 +102,9 @@ class Conversation:
             "cached_tokens": output.num_cached_tokens,
             "completion_tokens": len(output.outputs[0].token_ids),
             "ttft_s": output.metrics.first_token_time - self._asked,
-            **figures.Decoding.of(self.llm, [output]).report(figures.bandwidth_gb_s()),
+            **figures.Decoding.of(self.llm, [output]).report(
+                figures.bandwidth_gb_s(device=self.llm.config.device)
+            ),
         }
 
     def _keep(self, question: str, output: "roofline.RequestOutput", asked: float) -> None:

@@ -97,24 +97,31 @@ def _torch_facts(torch: ModuleType) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.cuda.is_available(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "bandwidth_gb_s": figures.bandwidth_gb_s(anew=True),
     }
 
 
 def _kernels(backends: ModuleType) -> tuple[dict[str, Any], list[str]]:
     """Which kernels a model would run on, why and on how many threads; what keeps better away."""
-    config = EngineConfig()
+    config, unused = EngineConfig(), None
     with contextlib.suppress(RooflineError):  # told among the problems
         config = EngineConfig(**environment_options(os.environ))
     try:
+        config, unused = execution.devices.resolve(config)
         name, why = backends.survey(config)
     except RooflineError as error:
         name, why = "none", error.message
     threads = config.threads or usable_cores()
-    facts = {"kernels": name, "kernels_why": why, "kernel_threads": threads}
+    facts = {
+        "device": config.device,
+        "kernels": name,
+        "kernels_why": why,
+        "kernel_threads": threads,
+    }
     stands_in = name == "none" or (name == "reference" and config.cpu_isa != "reference")
-    return facts, [why] if stands_in else []
+    reasons = [f"the CPU runs models, not the GPU: {unused}"] if unused else []
+    return facts, [*reasons, why] if stands_in else reasons
 
 
 def _problems(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -28,7 +28,9 @@ class Decoding:
         rates = [rate for rate in map(_tokens_per_s, outputs) if rate is not None]
         contexts = [len(o.prompt_token_ids) + len(o.outputs[0].token_ids) / 2 for o in outputs]
         weights = budget.step_read_bytes(llm.budget.model, budget.Rank()) / len(outputs)
-        kv = statistics.fmean(contexts) * budget.kv_token_bytes(llm.model_config, llm.config.dtype)
+        kv = statistics.fmean(contexts) * budget.kv_token_bytes(
+            llm.model_config, llm.config.kv_dtype
+        )
         return cls(statistics.median(rates) if rates else None, weights + kv)
 
     def read_gb_s(self, sequences: int = 1) -> float | None:
@@ -49,15 +51,17 @@ class Decoding:
         }
 
 
-def bandwidth_gb_s(*, anew: bool = False, reached: float | None = None) -> float:
-    """Read bandwidth of this host at torch's number of threads, 1e9 bytes/s; measured once.
+def bandwidth_gb_s(
+    *, device: str = "cpu", anew: bool = False, reached: float | None = None
+) -> float:
+    """Read bandwidth of a device, 1e9 bytes/s; of a CPU at torch's threads. Measured once.
 
-    A run that has `reached` more shows that the host was busy then: it is measured again.
+    A run that has `reached` more shows that the device was busy then: it is measured again.
     """
     cache = models.builtin.cache_folder() / "bandwidth.json"
-    found = execution.bandwidth.read(cache, anew=anew)
+    found = execution.bandwidth.read(cache, device, anew=anew)
     if reached is not None and reached > found and not anew:
-        return execution.bandwidth.read(cache, anew=True)
+        return execution.bandwidth.read(cache, device, anew=True)
     return found
 
 
@@ -70,7 +74,7 @@ def bytes_read(
         for o in outputs
     )
     weights = num_steps * budget.step_read_bytes(llm.budget.model, budget.Rank())
-    return weights + kv_tokens * budget.kv_token_bytes(llm.model_config, llm.config.dtype)
+    return weights + kv_tokens * budget.kv_token_bytes(llm.model_config, llm.config.kv_dtype)
 
 
 def one_line(report: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ class Model:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    Model.config = type("Config", (), {"dtype": "bfloat16"})
+    Model.config = type("Config", (), {"kv_dtype": "bfloat16"})
     monkeypatch.setattr("roofline.budget.step_read_bytes", lambda plan, rank: 100)
     monkeypatch.setattr("roofline.budget.kv_token_bytes", lambda config, dtype: 8)
     return Model()

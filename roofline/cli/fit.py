@@ -24,20 +24,23 @@ from roofline.budget import (
     StepShape,
     buffer_bytes,
     kv_block_bytes,
+    plan_buffers,
     plan_rank,
-    plan_step_buffers,
     step_read_bytes,
 )
 from roofline.cli import options, output
 from roofline.config import EngineConfig, ModelConfig, ParallelConfig, environment_options
 from roofline.errors import UsageError
 
-_DEFAULTS = {"max_num_seqs": 1}
+_DEFAULTS = {"max_num_seqs": 1, "device": "cpu"}
 _SIZING = (  # options that change a size
     "revision",
     "quantization",
     "group_size",
+    "device",
     "dtype",
+    "kv_cache_dtype",
+    "prefill_weights",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -79,7 +82,7 @@ def fit(
     """Say what a model takes on every rank, what fits and how fast it could be."""
     memory_bytes = None if memory is None else _read_memory(memory)
     gb_s = None if bandwidth is None else _read_number("--bandwidth", bandwidth, "GB/s")
-    chosen = {**_DEFAULTS, **environment_options(os.environ), **given}
+    chosen: dict[str, Any] = {**_DEFAULTS, **environment_options(os.environ), **given}
     names = ("tensor_parallel_size", "pipeline_parallel_size")
     parallel = ParallelConfig(**{name: chosen.pop(name) for name in names if name in chosen})
     if memory is not None and chosen.get("kv_cache_memory_bytes") is not None:
@@ -136,7 +139,8 @@ class Plan:
         return {
             "parameters": self.parameters,
             "max_model_len": self.max_model_len,
-            "max_num_seqs": self.config.max_num_seqs,
+            "device": self.config.device,
+            "max_num_seqs": self.config.limits.max_num_seqs,
             "ranks": [
                 {
                     "tensor_parallel_rank": rank.tp_rank,
@@ -158,7 +162,7 @@ class Plan:
         `max_model_len` is the largest for the planned number of sequences, and `max_num_seqs` the
         largest at the planned length; 0 where not even one fits.
         """
-        sequences, length = self.config.max_num_seqs, self.max_model_len
+        sequences, length = self.config.limits.max_num_seqs, self.max_model_len
 
         def fits(length: int, sequences: int) -> bool:
             return all(
@@ -180,11 +184,11 @@ class Plan:
         mean while it grows. Tensor parallel ranks read at the same time, stages one after another.
         """
         slowest = [0.0] * self.ranks[-1][0].parallel.pipeline_parallel_size
-        tokens = self.config.max_num_seqs * self.max_model_len / 2
+        tokens = self.config.limits.max_num_seqs * self.max_model_len / 2
         for rank, budget in self.ranks:
             read = step_read_bytes(budget.model, rank) + tokens * self._kv_token_bytes(rank)
             slowest[rank.stage] = max(slowest[rank.stage], read)
-        rate = self.config.max_num_seqs * bandwidth_gb_s * 1e9 / sum(slowest)
+        rate = self.config.limits.max_num_seqs * bandwidth_gb_s * 1e9 / sum(slowest)
         return {
             "bandwidth_gb_s": bandwidth_gb_s,
             "bytes_per_step": sum(slowest),
@@ -192,19 +196,19 @@ class Plan:
         }
 
     def _kv_token_bytes(self, rank: Rank) -> int:
-        return kv_block_bytes(self.model, self.config.dtype, rank, 1)
+        return kv_block_bytes(self.model, self.config.kv_dtype, rank, 1)
 
     def _rank_bytes(self, rank: Rank, budget: RankBudget, length: int, sequences: int) -> int:
         """What `plan_rank` would come to, weights not counted anew."""
-        config = self.config
-        tokens = max(config.max_num_batched_tokens, sequences)  # a step has one for each sequence
-        step = StepShape(tokens, sequences, length, config.block_size)
+        config, limits = self.config, self.config.limits
+        tokens = max(limits.max_num_batched_tokens, sequences)  # a step has one for each sequence
+        step = StepShape(tokens, sequences, length, limits.block_size)
         blocks = sequences * step.blocks_per_row
         return (
             budget.model.weight_bytes
             + budget.model.scale_bytes
-            + blocks * kv_block_bytes(self.model, config.dtype, rank, config.block_size)
-            + buffer_bytes(plan_step_buffers(self.model, config.dtype, rank, step))
+            + blocks * kv_block_bytes(self.model, config.kv_dtype, rank, limits.block_size)
+            + buffer_bytes(plan_buffers(self.model, config, rank, step, budget.model))
         )
 
 

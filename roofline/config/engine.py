@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ class WeightFormat:
 
     quantization: Literal["int8", "none"] = "int8"
     group_size: int | Literal["auto", "channel"] = "auto"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    keeps_bfloat16: bool = False  # whether the layers' INT8 matrices have a copy in bfloat16
 
     def group(self, columns: int, native: int | None) -> int:
         """Columns of a matrix that share a scale; 0 for floats.
@@ -36,6 +38,20 @@ class WeightFormat:
         if self.group_size == "auto":
             return native or DEFAULT_GROUP_SIZE
         return int(self.group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLimits:
+    """How large steps and blocks are, and how much memory is taken: what differs by device."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int  # tokens
+    memory_share: float  # of what is free
+
+
+_CPU_LIMITS = StepLimits(32, 512, 16, 0.5)
+_GPU_LIMITS = StepLimits(256, 8192, 64, 0.9)
 
 
 def _option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
@@ -74,15 +90,34 @@ class EngineConfig:
         "weights that share a scale: 32, 64, 128, 256 or channel; "
         "auto keeps the groups of a file that is already INT8, else 128",
     )
-    dtype: Literal["bfloat16", "float32"] = _option("bfloat16", "of activations and KV cache")
+    device: str = _option(
+        "auto", "cpu, cuda or cuda:N; auto is a GPU of compute capability 8.0 or later, else cpu"
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = _option(
+        "bfloat16", "of activations, and of the KV cache unless that has its own"
+    )
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = _option(
+        "auto", "of the KV cache; int8 and fp8 have a scale a token and head; auto is --dtype"
+    )
     activations: Literal["float", "int8"] = _option(
         "float", "int8 rounds what INT8 weights are multiplied by, too: faster, less exact"
     )
     max_model_len: Literal["auto"] | int = _option(
         "auto", "context in tokens; auto is the model's own, or the largest that fits", 1, 1 << 27
     )
-    max_num_seqs: int = _option(32, "requests that run at once", 1, 4096)
-    max_num_batched_tokens: int = _option(512, "tokens computed in one step", 1, 1 << 20)
+    prefill_weights: Literal["auto", "int8", "bfloat16"] = _option(
+        "auto",
+        "of prompts on a GPU: bfloat16 keeps a copy of the layers beside int8; auto is int8",
+    )
+    deterministic: bool = _option(
+        False, "on a GPU: tokens do not depend on what else runs; on a CPU they never do"
+    )
+    max_num_seqs: int | None = _option(
+        None, "requests that run at once; default: 32, on a GPU 256", 1, 4096
+    )
+    max_num_batched_tokens: int | None = _option(
+        None, "tokens computed in one step; default: 512, on a GPU 8192", 1, 1 << 20
+    )
     max_prefill_chunk: int | None = _option(
         None, "most tokens of one request in one step; default: max_num_batched_tokens", 1, 1 << 20
     )
@@ -93,13 +128,16 @@ class EngineConfig:
         1,
         1 << 50,
     )
-    gpu_memory_utilization: float = _option(
-        0.5,
-        "share of the device's free memory (here: the host's) for weights, KV and activations",
+    gpu_memory_utilization: float | None = _option(
+        None,
+        "share of the device's free memory for weights, KV and activations; "
+        "default: 0.5 of the host's, 0.9 of a GPU's",
         0.01,
         1.0,
     )
-    block_size: int = _option(16, "tokens of a KV block", 1, 1024)
+    block_size: int | None = _option(
+        None, "tokens of a KV block; default: 16, on a GPU 64", 1, 1024
+    )
     tensor_parallel_size: int = _option(1, "ranks that share each layer", 1, 1024)
     pipeline_parallel_size: int = _option(1, "ranks that share the stack of layers", 1, 1024)
     threads: int | None = _option(
@@ -108,7 +146,7 @@ class EngineConfig:
     cpu_isa: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable", "reference"] = _option(
         "auto", "kernels to use; reference is plain PyTorch, slow and always right"
     )
-    enforce_eager: bool = _option(False, "run a step op by op, never as a recorded tape")
+    enforce_eager: bool = _option(False, "run a step op by op, never as a tape or CUDA graph")
     seed: int = _option(0, "of dummy weights and of requests that bring no seed", 0, (1 << 64) - 1)
 
     def __post_init__(self) -> None:
@@ -120,11 +158,13 @@ class EngineConfig:
             raise UnsupportedError(
                 f"group_size {shown(group)} is not supported; supported: {sizes}, channel"
             )
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        limits = self.limits
+        if limits.max_num_batched_tokens < limits.max_num_seqs:
             raise UsageError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least "
-                f"max_num_seqs, {self.max_num_seqs}, or some requests would never decode"
+                f"max_num_batched_tokens is {limits.max_num_batched_tokens}; it must be at least "
+                f"max_num_seqs, {limits.max_num_seqs}, or some requests would never decode"
             )
+        self._check_device()
         if self.quantization == "none" and group != "auto":
             raise UsageError(f"group_size {group} does nothing with quantization 'none'; drop one")
         if self.quantization == "none" and self.activations == "int8":
@@ -155,10 +195,54 @@ class EngineConfig:
                 raise UsageError(f"unknown option '{name}'{hint}")
         return cls(**{**(defaults or {}), **environment_options(environ), **options})
 
+    def _check_device(self) -> None:
+        """Refuse a device that is none, and options that would do nothing there."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise UsageError(
+                f"device is {shown(self.device)}; it must be 'auto', 'cpu', 'cuda' or 'cuda:N'"
+            )
+        if self.is_on_gpu and self.cpu_isa != "auto":
+            raise UsageError(f"cpu_isa '{self.cpu_isa}' does nothing on device {self.device}")
+        if self.prefill_weights == "bfloat16":
+            if self.device == "cpu":
+                raise UsageError("prefill_weights 'bfloat16' does nothing on device cpu; drop one")
+            for name, other in (("quantization", "none"), ("activations", "int8")):
+                if getattr(self, name) == other:
+                    raise UsageError(
+                        f"prefill_weights 'bfloat16' does nothing with {name} '{other}'; drop one"
+                    )
+            if self.dtype != "bfloat16" or self.deterministic:
+                other = "deterministic" if self.deterministic else f"dtype {self.dtype}"
+                raise UsageError(f"prefill_weights 'bfloat16' does not go with {other}; drop one")
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the device is a GPU; 'auto' is not known yet (`execution.devices`)."""
+        return self.device.startswith("cuda")
+
+    @property
+    def limits(self) -> StepLimits:
+        """Sizes given, or else the device's own; those not given make room for those that are."""
+        usual = _GPU_LIMITS if self.is_on_gpu else _CPU_LIMITS
+        rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        return StepLimits(
+            usual.max_num_seqs if rows is None else rows,
+            max(usual.max_num_batched_tokens, rows or 1) if tokens is None else tokens,
+            usual.block_size if self.block_size is None else self.block_size,
+            self.gpu_memory_utilization or usual.memory_share,
+        )
+
+    @property
+    def kv_dtype(self) -> str:
+        """The dtype of the KV cache's values, as torch calls it."""
+        stored = {"auto": self.dtype, "int8": "int8", "fp8": "float8_e4m3fn"}
+        return stored[self.kv_cache_dtype]
+
     @property
     def weights(self) -> WeightFormat:
         """The format weights take in memory."""
-        return WeightFormat(self.quantization, self.group_size, self.dtype)
+        copied = self.prefill_weights == "bfloat16"
+        return WeightFormat(self.quantization, self.group_size, self.dtype, copied)
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -47,7 +47,16 @@ def test_an_unsupported_group_size_names_those_supported(bad: int) -> None:
         ({"quantization": "int4"}, "quantization is 'int4'; it must be 'int8' or 'none'"),
         ({"quantization": "none", "group_size": 64}, "group_size 64 does nothing"),
         ({"quantization": "none", "activations": "int8"}, "activations .int8. does nothing"),
-        ({"dtype": "float16"}, "dtype is 'float16'; it must be 'bfloat16' or 'float32'"),
+        ({"dtype": "half"}, "dtype is 'half'; it must be 'bfloat16' or 'float16' or 'float32'"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": "cuda:x"}, "device is 'cuda:x'"),
+        ({"device": "cuda", "cpu_isa": "avx2"}, "cpu_isa 'avx2' does nothing on device cuda"),
+        ({"prefill_weights": "bfloat16", "device": "cpu"}, "does nothing on device cpu"),
+        ({"prefill_weights": "bfloat16", "quantization": "none"}, "with quantization 'none'"),
+        ({"prefill_weights": "bfloat16", "activations": "int8"}, "with activations 'int8'"),
+        ({"prefill_weights": "bfloat16", "dtype": "float16"}, "not go with dtype float16"),
+        ({"prefill_weights": "bfloat16", "deterministic": True}, "not go with deterministic"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4'"),
         ({"group_size": "chanel"}, "group_size is 'chanel'; .* 'auto' or 'channel'"),
         ({"group_size": True}, "group_size is True"),
         ({"group_size": 64.0}, "group_size is 64.0"),
@@ -116,7 +125,7 @@ def test_options_given_by_name_win_over_the_environment() -> None:
         ("MAX_NUM_SEQS", "9" * 5000, "an integer from 1 to 4096"),
         ("GPU_MEMORY_UTILIZATION", "nan", "a number from 0.01 to 1.0"),
         ("ENABLE_PREFIX_CACHING", "maybe", "true or false"),
-        ("DTYPE", "half", "'bfloat16' or 'float32'"),
+        ("DTYPE", "half", "'bfloat16' or 'float16' or 'float32'"),
         ("GROUP_SIZE", "33", "supported: 32, 64, 128, 256, channel"),
     ],
 )
@@ -133,3 +142,30 @@ def test_groups_of_a_weight_format() -> None:
     assert WeightFormat(group_size=64).group(576, 32) == 64
     assert WeightFormat(group_size="channel").group(576, 32) == 576
     assert WeightFormat("none", 64).group(576, 32) == 0
+
+
+def test_sizes_that_are_not_given_are_the_devices_own() -> None:
+    def limits(**options: Any) -> tuple[float, ...]:
+        return dataclasses.astuple(EngineConfig(**options).limits)
+
+    assert limits() == limits(device="cpu") == (32, 512, 16, 0.5)
+    assert limits(device="cuda:1") == limits(device="cuda") == (256, 8192, 64, 0.9)
+    given = {"max_num_seqs": 3, "max_num_batched_tokens": 70, "block_size": 32}
+    assert limits(device="cuda", gpu_memory_utilization=0.25, **given) == (3, 70, 32, 0.25)
+    assert limits(max_num_seqs=600)[:2] == (600, 600), "there is a token for every row"
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, "bfloat16"),
+        ({"dtype": "float16"}, "float16"),
+        ({"kv_cache_dtype": "int8"}, "int8"),
+        ({"kv_cache_dtype": "fp8", "dtype": "float32"}, "float8_e4m3fn"),
+    ],
+    ids=str,
+)
+def test_the_cache_has_the_dtype_of_the_activations_or_its_own(
+    options: dict[str, Any], wanted: str
+) -> None:
+    assert EngineConfig(**options).kv_dtype == wanted

@@ -13,7 +13,7 @@ from roofline import execution
 from roofline.budget import RankBudget
 from roofline.config import EngineConfig, ModelConfig
 from roofline.doors.generation import Generation
-from roofline.doors.progress import loading_bar, tell
+from roofline.doors.progress import loading_bar, tell, warm_up_bar
 from roofline.engine import Engine
 from roofline.errors import RequestError, UsageError, shown
 from roofline.grammars.compiler import GrammarCompiler
@@ -54,6 +54,9 @@ class Door:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
+        config, unused = execution.devices.resolve(config)
+        if unused is not None:
+            tell(f"the CPU runs this, not the GPU: {unused}")
         opened = open_model(model, config)
         shape = opened.config
         try:
@@ -62,6 +65,9 @@ class Door:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
         finally:
             opened.checkpoint.close()
+        if config.is_on_gpu:
+            with warm_up_bar(len(execution.device_runner.WARM_UP_TOKENS)) as advance:
+                workers.warm_up(advance)
         if (reason := workers.backend.reason) is not None:
             tell(f"PyTorch's ops run in place of the native kernels, slowly: {reason}")
         self.config, self.model_config = config, shape
@@ -176,11 +182,12 @@ def _check_template_kwargs(variables: object) -> None:
 def _scheduler_config(
     config: EngineConfig, budget: RankBudget, model: ModelConfig
 ) -> SchedulerConfig:
+    limits = config.limits
     return SchedulerConfig(
         num_blocks=budget.num_blocks,
-        block_tokens=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_tokens=limits.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len=budget.step.max_model_len,
         vocab_size=model.vocab_size,
         enable_prefix_caching=config.enable_prefix_caching,

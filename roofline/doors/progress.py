@@ -23,6 +23,19 @@ def loading_bar(
         yield lambda name: bar.update(task, advance=1, description=f"{verb} {name}")
 
 
+@contextlib.contextmanager
+def warm_up_bar(num_steps: int) -> Iterator[Callable[[int], None]]:
+    """A bar while a GPU's kernels are compiled, and how long it took where that was long."""
+    started = time.monotonic()
+    with loading_bar("Compiling kernels", num_steps) as advance:
+        yield lambda tokens: advance(f"for {tokens} tokens")
+    if (took := time.monotonic() - started) > _LONG_S:
+        tell(f"compiling the GPU's kernels took {took:.0f} s, once: they are kept on disk")
+
+
+_LONG_S = 3.0
+
+
 def tell(line: str) -> None:
     """A line for whoever watches; nothing off a terminal."""
     console = Console(stderr=True)

@@ -6,7 +6,18 @@ Submodules load on first use, so that a door can be imported without torch.
 import importlib
 from types import ModuleType
 
-_SUBMODULES = ("arena", "bandwidth", "host", "inputs", "kv_cache", "runner", "sampling", "workers")
+_SUBMODULES = (
+    "arena",
+    "bandwidth",
+    "device_runner",
+    "devices",
+    "host",
+    "inputs",
+    "kv_cache",
+    "runner",
+    "sampling",
+    "workers",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -8,10 +8,12 @@ from torch import Tensor
 Arena = dict[str, Tensor]
 
 
-def allocate(buffers: Mapping[str, tuple[tuple[int, ...], str]]) -> Arena:
-    """Zeroed buffers by name, as planned by `budget.plan_step_buffers`."""
+def allocate(
+    buffers: Mapping[str, tuple[tuple[int, ...], str]], device: torch.device | None = None
+) -> Arena:
+    """Zeroed buffers by name, as planned by `budget.plan_buffers`."""
     return {
-        name: torch.zeros(shape, dtype=getattr(torch, dtype))
+        name: torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
         for name, (shape, dtype) in buffers.items()
     }
 

@@ -1,4 +1,4 @@
-"""How fast this host reads memory: the slope of the roofline, measured once and kept in a file.
+"""How fast a host or a GPU reads memory: the slope of the roofline, measured once, kept in a file.
 
 Reading is a reduction over a buffer far larger than any cache, by torch's own threads.
 """
@@ -20,17 +20,21 @@ from roofline.execution.host import cpu_model
 
 _PASS_BYTES = 1 << 30  # read in one pass
 _PASSES = 5
+_GPU_ROUNDS = 16  # of a pass: a launch costs little beside them
 
 
-def read(cache: Path, *, anew: bool = False) -> float:
-    """Read bandwidth in 1e9 bytes/s at torch's number of threads: from the file, or measured.
+def read(cache: Path, device: str = "cpu", *, anew: bool = False) -> float:
+    """Read bandwidth in 1e9 bytes/s, on a CPU at torch's number of threads: known, or measured.
 
     A file that cannot be understood is replaced; one that cannot be written is done without.
     """
-    key = f"{platform.node()} | {cpu_model()} | {torch.get_num_threads()} threads"
+    place = f"{cpu_model()} | {torch.get_num_threads()} threads"
+    if device != "cpu":
+        place = f"{torch.cuda.get_device_name(device)} | {device}"
+    key = f"{platform.node()} | {place}"
     known = _load(cache)
     if anew or key not in known:
-        known[key] = measure()
+        known[key] = measure() if device == "cpu" else measure_gpu(device)
         _save(cache, known)
     return known[key]
 
@@ -48,6 +52,22 @@ def measure(pass_bytes: int = _PASS_BYTES, passes: int = _PASSES) -> float:
             buffer.amax()  # the reduction without a chain of additions: memory is its limit
         seconds.append(time.perf_counter() - start)
     return rounds * buffer.nbytes / statistics.median(seconds) / 1e9
+
+
+def measure_gpu(device: str) -> float:
+    """The median pass over a GPU's memory, or over what others leave of it, in 1e9 bytes/s."""
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    buffer = torch.ones(min(_PASS_BYTES, free // 4) // 4, device=device)
+    buffer.amax()
+    seconds = []
+    for _ in range(_PASSES):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(_GPU_ROUNDS):
+            buffer.amax()
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return _GPU_ROUNDS * buffer.nbytes / statistics.median(seconds) / 1e9
 
 
 def _load(cache: Path) -> dict[str, float]:

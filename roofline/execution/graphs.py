@@ -7,12 +7,10 @@ captured at the largest sizes; the live ones are read from the arena's `step` wh
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from roofline.execution.arena import Arena
 from roofline.execution.inputs import step_inputs
 from roofline.models.decoder import Buffers, Decoder
-from roofline.ops import Ops
+from roofline.ops import KvCache, Ops
 from roofline.ops.cpu.native import NativeOps
 
 
@@ -42,7 +40,7 @@ class EagerProgram:
 
     decoder: Decoder
     ops: Ops
-    kv_pool: Tensor
+    kv_cache: KvCache
     arena: Arena
 
     def run(self, tokens: int, sampled: int) -> bool:
@@ -57,7 +55,7 @@ class EagerProgram:
     def forward(self, tokens: int) -> None:
         """See `Program`."""
         inputs = step_inputs(self.arena, tokens)
-        self.decoder.forward(self.ops, inputs, self.kv_pool, self._buffers(tokens))
+        self.decoder.forward(self.ops, inputs, self.kv_cache, self._buffers(tokens))
 
     def head(self, sampled: int) -> None:
         """See `Program`."""

@@ -81,7 +81,7 @@ class Driver:
         """All that steps have written and later ones read."""
         loaded = self.group._rank()
         names = "residual", "delta", "last_token"
-        return [loaded.kv_pool, *(loaded.arena[name] for name in names)]
+        return [loaded.kv_cache.values, *(loaded.arena[name] for name in names)]
 
 
 STEPS = [  # tokens of each row: a prompt alone, the smallest, the largest, chunks beside decodes
@@ -124,7 +124,7 @@ def test_the_reference_runs_op_by_op() -> None:
 
 def test_recording_computes_nothing() -> None:
     loaded = workers(threads=1)._rank()
-    assert not loaded.kv_pool.any() and not loaded.arena["residual"].any()
+    assert not loaded.kv_cache.values.any() and not loaded.arena["residual"].any()
 
 
 @pytest.fixture

@@ -86,8 +86,8 @@ class InputTables:
         views["slots"][at] = block * size + position % size
 
 
-def step_inputs(arena: Arena, tokens: int) -> StepInputs:
-    """The inputs of a step of so many tokens."""
+def step_inputs(arena: Arena, tokens: int, longest: int | None = None) -> StepInputs:
+    """The inputs of a step of so many tokens, of which a row has `longest` at most."""
     return StepInputs(
         token_ids=arena["token_ids"][:tokens],
         positions=arena["positions"][:tokens],
@@ -95,6 +95,7 @@ def step_inputs(arena: Arena, tokens: int) -> StepInputs:
         query_start=arena["query_start"],
         context_len=arena["context_len"],
         block_table=arena["block_table"],
+        longest=longest,
     )
 
 

@@ -9,7 +9,7 @@ from roofline.execution.graphs import EagerProgram, capture
 from roofline.execution.inputs import Choice, Entry, InputTables
 from roofline.execution.sampling import RowSampler, logprobs_of
 from roofline.models.decoder import Decoder, rope_table
-from roofline.ops import Ops
+from roofline.ops import KvCache, Ops
 from roofline.request import TokenLogprobs
 from roofline.scheduling.plan import NONE, StepPlan, StepResult
 
@@ -18,14 +18,14 @@ class ModelRunner:
     """Runs plans on one rank's decoder, KV pool and arena."""
 
     def __init__(
-        self, decoder: Decoder, ops: Ops, kv_pool: Tensor, arena: Arena, *, eager: bool = False
+        self, decoder: Decoder, ops: Ops, kv_cache: KvCache, arena: Arena, *, eager: bool = False
     ) -> None:
         self._ops, self._arena = ops, arena
-        self._tables = InputTables(arena, kv_pool.shape[4])
+        self._tables = InputTables(arena, kv_cache.block_tokens)
         self._sampled = arena["sampled"].numpy()
         self._samplers: list[RowSampler | None] = [None] * arena["last_token"].shape[0]
         rope_table(decoder.config, arena["rope"].shape[1], out=arena["rope"])
-        program = EagerProgram(decoder, ops, kv_pool, arena)
+        program = EagerProgram(decoder, ops, kv_cache, arena)
         self._program = program if eager else capture(program)
 
     @torch.inference_mode()

@@ -42,7 +42,7 @@ class RowSampler:
         given = Limits(start.min_p, start.top_k, start.top_p)
         self.limits = given if start.temperature else OFF  # for `Ops.truncate`
         # Whether the token depends on nothing but logits, limits, temperature and noise.
-        self._is_free = start == RowStart(
+        self.is_free = start == RowStart(
             row=start.row,
             num_prompt=start.num_prompt,
             seed=start.seed,
@@ -55,7 +55,7 @@ class RowSampler:
             history=start.history,
         )
         # Whether logits, once computed, are ready for `Ops.choose`, and nobody else wants them.
-        self.is_plain = self._is_free and self.limits == OFF and start.logprobs == NONE
+        self.is_plain = self.is_free and self.limits == OFF and start.logprobs == NONE
 
     def prepare(self, logits: Tensor, position: int, mask: bytes | None = None) -> float:
         """Make logits [V] float32 ready for `Ops.truncate` and `Ops.choose`.
@@ -65,7 +65,7 @@ class RowSampler:
         """
         params = self.params
         _keep_allowed(logits, params, mask)
-        if self._is_free and (mask is None or _is_any_left(logits)):
+        if self.is_free and (mask is None or _is_any_left(logits)):
             return self._heat(logits)
         if params.logit_bias:
             tokens, biases = zip(*params.logit_bias, strict=True)

@@ -95,13 +95,13 @@ def test_a_thousand_decoding_steps_allocate_no_kv_memory() -> None:
     group = workers(max_num_batched_tokens=8)
     loaded = group._loaded
     assert loaded is not None
-    pool, storages = loaded.kv_pool, group.storage_bytes()
+    pool, storages = loaded.kv_cache.values, group.storage_bytes()
     address = pool.data_ptr()
     owned = {
         name: t.data_ptr() for name, t in (loaded.arena | dict(loaded.decoder.tensors())).items()
     }
     assert len(list(decode(group, 1000, [1, 2, 3]))) == 1000
-    assert group._loaded is loaded and loaded.kv_pool is pool
+    assert group._loaded is loaded and loaded.kv_cache.values is pool
     assert pool.data_ptr() == address
     assert group.storage_bytes() == storages
     after = loaded.arena | dict(loaded.decoder.tensors())

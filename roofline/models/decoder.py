@@ -14,7 +14,7 @@ from roofline.budget import MatrixPlan, ModelPlan
 from roofline.config import ModelConfig
 from roofline.models.checkpoints.tensors import NORM
 from roofline.models.layers import VECTORS, LayerWeights, Source, load_layer, load_table
-from roofline.ops import FloatWeight, Ops, StepInputs, Weight
+from roofline.ops import FloatWeight, KvCache, Ops, StepInputs, Weight
 from roofline.parallel.mesh import Mesh
 
 
@@ -43,9 +43,10 @@ class Decoder:
         self.head = _load_table(source, config, mesh, plan.head)
         self.norm = source.vector(NORM) if mesh.rank.is_last_stage else None
 
-    def forward(self, ops: Ops, inputs: StepInputs, kv_pool: Tensor, buffers: Buffers) -> None:
+    def forward(self, ops: Ops, inputs: StepInputs, kv_cache: KvCache, buffers: Buffers) -> None:
         """Run this stage's layers; residual and delta are left for `logits` or the next stage."""
         collectives, delta = self.mesh.collectives, None
+        ops.prepare_step(inputs)
         if self.mesh.rank.is_first_stage:
             assert self.table is not None, "the first stage holds the embedding"
             ops.embed(inputs.token_ids, self.table, self._first_id, buffers.residual)
@@ -55,7 +56,7 @@ class Decoder:
             collectives.recv(buffers.delta)
             delta = buffers.delta
         for layer, weights in enumerate(self.layers):
-            self._layer(ops, weights, layer, inputs, kv_pool, buffers, delta)
+            self._layer(ops, weights, layer, inputs, kv_cache, buffers, delta)
             delta = buffers.delta
         if not self.mesh.rank.is_last_stage:
             collectives.send(buffers.residual)
@@ -67,17 +68,17 @@ class Decoder:
         weights: LayerWeights,
         layer: int,
         inputs: StepInputs,
-        kv_pool: Tensor,
+        kv_cache: KvCache,
         b: Buffers,
         delta: Tensor | None,
     ) -> None:
         eps, all_reduce = self.config.rms_norm_eps, self.mesh.collectives.all_reduce
         ops.norm_qkv_rope_store(
             b.residual, delta, weights.attention_norm, eps, weights.qkv, weights.qkv_bias,
-            weights.q_norm, weights.k_norm, b.rope, inputs, kv_pool, layer, out=b.query,
+            weights.q_norm, weights.k_norm, b.rope, inputs, kv_cache, layer, out=b.query,
         )  # fmt: skip
         ops.attention(
-            b.query, kv_pool, layer, inputs.block_table, inputs.query_start, inputs.context_len,
+            b.query, kv_cache, layer, inputs.block_table, inputs.query_start, inputs.context_len,
             self.config.head_dim**-0.5, self.config.sliding_window, out=b.attended,
         )  # fmt: skip
         ops.linear(b.attended.flatten(1), weights.output, out=b.delta)
@@ -139,6 +140,9 @@ def rope_table(config: ModelConfig, length: int, out: Tensor) -> None:
 def _matrix_tensors(name: str, weight: Weight | None) -> dict[str, Tensor]:
     if weight is None:
         return {}
-    scales = None if isinstance(weight, FloatWeight) else weight.scales
     found = {f"{name}.values": weight.values}
-    return found if scales is None else found | {f"{name}.scales": scales}
+    if not isinstance(weight, FloatWeight) and weight.scales is not None:
+        found[f"{name}.scales"] = weight.scales
+    if not isinstance(weight, FloatWeight) and weight.copy is not None:
+        found[f"{name}.copy"] = weight.copy
+    return found

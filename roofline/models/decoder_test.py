@@ -15,7 +15,7 @@ from roofline.config import ModelConfig, ParallelConfig, WeightFormat
 from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.decoder import Buffers, Decoder, rope_table
 from roofline.models.layers import Source
-from roofline.ops import StepInputs
+from roofline.ops import KvCache, StepInputs
 from roofline.ops.reference import ReferenceOps
 from roofline.parallel.collectives import ThreadGroup
 from roofline.parallel.mesh import Mesh
@@ -82,7 +82,7 @@ class RankRunner:
         names = "residual", "delta", "query", "attended", "activated"
         views = (self.arena[name][:count] for name in names)
         buffers = Buffers(*views, rope=self.arena["rope"])
-        self.decoder.forward(self.ops, inputs, self.pool, buffers)
+        self.decoder.forward(self.ops, inputs, KvCache(self.pool, None), buffers)
         if not self.mesh.rank.is_last_stage:
             return None
         out = torch.full((count, self.model.vocab_size), torch.nan)

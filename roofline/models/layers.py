@@ -4,6 +4,7 @@ Each loads what its rank holds, quantising tensor by tensor; at any time the res
 two float tensors are in memory. No forward pass lives here: the decoder calls the ops.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ from roofline.budget import (
 )
 from roofline.config import ModelConfig
 from roofline.models.checkpoints import Checkpoint
-from roofline.models.checkpoints.reading import float_vector, int8_rows
+from roofline.models.checkpoints.reading import Upload, as_it_is, float_vector, int8_rows
 from roofline.ops import FloatWeight, Int8Weight, Pack, Weight, keep
+from roofline.ops.reference import dequantize
 from roofline.quantization.int8_groups import cut_columns
 
 Progress = Callable[[str], None]  # told the name of each tensor loaded
@@ -35,12 +37,14 @@ class Source:
     checkpoint: Checkpoint
     progress: Progress
     pack: Pack = keep
+    device: torch.device | None = None  # where weights go; None: they stay on the host
+    upload: Upload = as_it_is  # to that device
 
     def vector(self, name: str, rows: range | None = None) -> Tensor:
         """An RMSNorm weight or some rows of a bias, [n] float32."""
         self.progress(name)
         picked = slice(None) if rows is None else slice(rows.start, rows.stop)
-        return float_vector(self.checkpoint, name, picked)
+        return self.upload(float_vector(self.checkpoint, name, picked))
 
     def fill(self, name: str, rows: range, columns: range, out: Int8Weight | FloatWeight) -> None:
         """Load the rank's rows and columns of a matrix into `out`, in the format of that."""
@@ -48,22 +52,22 @@ class Source:
         picked = slice(rows.start, rows.stop)
         if isinstance(out, FloatWeight):
             values = torch.as_tensor(self.checkpoint.read(name))
-            out.values.copy_(values[picked, columns.start : columns.stop])
+            out.values.copy_(self.upload(values[picked, columns.start : columns.stop]))
             return
-        whole = int8_rows(self.checkpoint, name, out.group, picked)
+        whole = int8_rows(self.checkpoint, name, out.group, picked, self.upload)
         weight = cut_columns(whole, columns)
         out.values.copy_(weight.values)
         out.scales.copy_(weight.scales)
 
 
-def allocate(plan: MatrixPlan) -> Int8Weight | FloatWeight:
+def allocate(plan: MatrixPlan, device: torch.device | None) -> Int8Weight | FloatWeight:
     """An unfilled matrix as planned: its rows in memory that has room for the padded ones."""
     rows = padded_rows(plan.rows)
     if not plan.group:
-        values = torch.empty(rows, plan.columns, dtype=getattr(torch, plan.dtype))
+        values = torch.empty(rows, plan.columns, dtype=getattr(torch, plan.dtype), device=device)
         return FloatWeight(values[: plan.rows])
-    values = torch.empty(rows, plan.columns, dtype=torch.int8)
-    scales = torch.empty(rows, plan.groups)
+    values = torch.empty(rows, plan.columns, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, plan.groups, device=device)
     return Int8Weight(values[: plan.rows], scales[: plan.rows], plan.group, plan.offset)
 
 
@@ -100,18 +104,18 @@ def load_layer(
         matrix: MatrixPlan, pieces: Sequence[tuple[str, range]], paired: bool = False
     ) -> Weight:
         """Matrices one above the other, each cut by rows."""
-        fused, top = allocate(matrix), 0
+        fused, top = allocate(matrix, source.device), 0
         for piece, rows in pieces:
             part = _rows(fused, top, top + len(rows))
             source.fill(layer_tensor(layer, piece), rows, range(matrix.columns), part)
             top += len(rows)
-        return source.pack(fused, paired)
+        return source.pack(_with_copy(fused, matrix), paired)
 
     def row_parallel(matrix: MatrixPlan, piece: str, columns: range) -> Weight:
         """A matrix cut by columns."""
-        weight = allocate(matrix)
+        weight = allocate(matrix, source.device)
         source.fill(layer_tensor(layer, piece), range(matrix.rows), columns, weight)
-        return source.pack(weight, False)
+        return source.pack(_with_copy(weight, matrix), False)
 
     def bias(pieces: Sequence[tuple[str, range]]) -> Tensor:
         """The biases of a column-parallel matrix, cut like it."""
@@ -137,10 +141,26 @@ def load_layer(
 
 def load_table(source: Source, model: ModelConfig, rank: Rank, plan: MatrixPlan) -> Weight:
     """A table over the vocabulary (embedding or head), cut by token ids."""
-    table = allocate(plan)
+    table = allocate(plan, source.device)
     rows = rank.parallel.vocabulary(model, rank.tp_rank)
     source.fill(plan.name, rows, range(plan.columns), table)
     return source.pack(table, False)
+
+
+def _with_copy(weight: Int8Weight | FloatWeight, plan: MatrixPlan) -> Int8Weight | FloatWeight:
+    """The matrix with its copy in bfloat16, if one is planned."""
+    if not plan.copy_bytes or isinstance(weight, FloatWeight):
+        return weight
+    copy = torch.empty_like(weight.values, dtype=torch.bfloat16)
+    for start in range(0, plan.rows, _SLAB_ROWS):
+        part = _rows(weight, start, min(start + _SLAB_ROWS, plan.rows))
+        assert isinstance(part, Int8Weight)
+        floats = dequantize(part, torch.empty_like(part.values, dtype=torch.float32))
+        copy[start : start + len(floats)] = floats
+    return dataclasses.replace(weight, copy=copy)
+
+
+_SLAB_ROWS = 4096  # dequantised at a time
 
 
 def _rows(weight: Int8Weight | FloatWeight, start: int, stop: int) -> Int8Weight | FloatWeight:

@@ -288,7 +288,7 @@ def test_weight_that_is_no_number_is_named(name: str) -> None:
         else:
             rows, columns = tensor_shapes(CONFIG)[name]
             plan = plan_model(CONFIG, WeightFormat(), Rank(), {}).layers[1].down
-            source.fill(name, range(rows), range(columns), allocate(plan))
+            source.fill(name, range(rows), range(columns), allocate(plan, None))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

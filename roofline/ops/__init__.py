@@ -21,6 +21,7 @@ class Int8Weight:
     scales: Tensor  # [N, groups] float32
     group: int  # columns that share a scale
     offset: int  # columns of the first group that lie on another rank: g(k) = (k + offset) // group
+    copy: Tensor | None = None  # [N, K] bfloat16, the same matrix for prompts, where one is kept
 
     @property
     def rows(self) -> int:
@@ -48,6 +49,7 @@ class PackedWeight:
     scales: Tensor | None  # [N * groups] float32, of int8
     rows: int  # output channels, N
     layout: object
+    copy: Tensor | None = None  # [N, K] bfloat16, as of `Int8Weight`
 
 
 Weight = Int8Weight | FloatWeight | PackedWeight
@@ -62,15 +64,41 @@ def keep(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
 
 
 @dataclass(frozen=True)
+class KvCache:
+    """Keys and values of every token in blocks; in INT8 or FP8 with a scale a token and head."""
+
+    values: (
+        Tensor  # [layers, 2, blocks, Hkv, block_tokens, D] activation dtype, int8, float8_e4m3fn
+    )
+    scales: Tensor | None  # [layers, 2, blocks, Hkv, block_tokens] float32, of int8 and float8
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv."""
+        return self.values.shape[3]
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block."""
+        return self.values.shape[4]
+
+
+@dataclass(frozen=True)
 class StepInputs:
-    """What a step computes, as views of the arena; filled by `execution.inputs`."""
+    """What a step computes, as views of the arena; filled by `execution.inputs`.
+
+    A captured step is padded: its last tokens are of no row, with slot -1, and their values in
+    `residual`, `query` and so on are never read.
+    """
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, place of each token in its request
-    slots: Tensor  # [T] int64, block * block_tokens + place in the block, where its KV goes
+    # [T] int64, block * block_tokens + place in the block, where its KV goes; -1: nowhere
+    slots: Tensor
     query_start: Tensor  # [R + 1] int32, first token of each row
     context_len: Tensor  # [R] int32, tokens of the row's request after this step
     block_table: Tensor  # [R, B] int32
+    longest: int | None = None  # new tokens of a row at most, where the host must know: grids
 
 
 class Ops(abc.ABC):
@@ -79,6 +107,12 @@ class Ops(abc.ABC):
     def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
         self.dtype = dtype  # of activations and KV; fixed here, never by the tokens of a step
         self.scratch = scratch  # [n] float32, room for what an op needs on its way
+
+    def prepare_step(self, inputs: StepInputs) -> None:  # noqa: B027 - most plan nothing
+        """Plan what is the same in all layers of a step; called once, before `embed`.
+
+        It is captured with the step, so it reads the tensors where they lie.
+        """
 
     @abc.abstractmethod
     def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:
@@ -97,21 +131,23 @@ class Ops(abc.ABC):
         k_norm: Tensor | None,  # [D] float32, of every key head
         rope: Tensor,  # [2, max_model_len, D / 2] float32: cosines, sines
         inputs: StepInputs,
-        kv_pool: Tensor,  # [layers, 2, blocks, Hkv, block_tokens, D] activation dtype
+        kv_cache: KvCache,
         layer: int,
         out: Tensor,  # [T, Hq, D] activation dtype: rotated queries
     ) -> None:
         """RMSNorm, QKV projection, half-split RoPE, and the write of K and V to their slots.
 
         The bias, then RMSNorm of each head with the same eps, come before RoPE where a model has
-        them. All is float32 from the projection's sums to the writes.
+        them. All is float32 from the projection's sums to the writes. In an INT8 cache the scale of
+        a token and head is max |x| / 127, of an FP8 one max |x| / 448, 1.0 where that is zero or
+        subnormal; what is stored is x / scale, rounded half to even. A slot of -1 is not written.
         """
 
     @abc.abstractmethod
     def attention(
         self,
         query: Tensor,  # [T, Hq, D] activation dtype
-        kv_pool: Tensor,  # [layers, 2, blocks, Hkv, block_tokens, D]
+        kv_cache: KvCache,
         layer: int,
         block_table: Tensor,  # [R, B] int32
         query_start: Tensor,  # [R + 1] int32
@@ -154,6 +190,10 @@ class Ops(abc.ABC):
     def all_finite(self, logits: Tensor) -> bool:
         """Whether what the last `norm_head` wrote is free of NaN and infinities."""
         return bool(torch.isfinite(logits).all())
+
+    def flag_finite(self, logits: Tensor, out: Tensor) -> None:
+        """Write to out [1] int64 whether `all_finite`, 1 or 0, without waiting for the device."""
+        out.copy_(torch.isfinite(logits).all())
 
     @abc.abstractmethod
     def truncate(

@@ -1,6 +1,7 @@
 """The one choice of backend: native kernels where they can run the model, else the reference."""
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,17 +24,11 @@ Arena = Mapping[str, Tensor]
 class Backend:
     """What keeps the matrices of a model and computes with them."""
 
-    name: str  # `reference`, or the native ISA
+    name: str  # `reference`, the native ISA, or `gpu`
     reason: str | None  # why the reference stands in, if nobody asked for it
     pack: Pack
     pool: Pool | None  # of the native kernels
-    rounds_activations: bool  # of the reference: to INT8 (native weights are packed for it)
-
-    def ops(self, dtype: torch.dtype, arena: Arena) -> Ops:
-        """The ops, working in the arena's `scratch` and `step`."""
-        if self.pool is None:
-            return ReferenceOps(dtype, arena["scratch"], int8_activations=self.rounds_activations)
-        return NativeOps(dtype, arena["scratch"], arena["step"], self.pool)
+    ops: Callable[[torch.dtype, Arena], Ops]  # working in the arena's `scratch` and `step`
 
     def close(self) -> None:
         """End the threads."""
@@ -44,24 +39,29 @@ class Backend:
 def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend:
     """The backend for a rank's share of a model.
 
-    UsageError where an ISA was asked for that cannot run here, or cannot run this model.
+    `config.device` is resolved. UsageError where an ISA was asked for that cannot run here, or
+    cannot run this model.
     """
     int8_activations = config.activations == "int8"
+    if config.is_on_gpu:
+        return _gpu(config, model)
     if config.cpu_isa == "reference":
-        return Backend("reference", None, keep, None, int8_activations)
+        return _reference(None, int8_activations)
     library = _open(config)
     reason = library if isinstance(library, str) else _unfit(config, model, plan)
     if isinstance(library, Library) and reason is None:
         pool = Pool(library, config.threads or usable_cores())
         packed = partial(_pack, library, int8_activations)
-        return Backend(library.isa_name, None, packed, pool, False)
+        return Backend(library.isa_name, None, packed, pool, partial(_native_ops, pool))
     if config.cpu_isa != "auto":
         raise UsageError(f"cpu_isa {config.cpu_isa} cannot be used: {reason}")
-    return Backend("reference", reason, keep, None, int8_activations)
+    return _reference(reason, int8_activations)
 
 
 def survey(config: EngineConfig) -> tuple[str, str]:
     """The kernels that a model they fit would run on, and why those; UsageError as in `choose`."""
+    if config.is_on_gpu:
+        return "gpu", f"Triton kernels on {torch.cuda.get_device_name(config.device)}"
     if config.cpu_isa == "reference":
         return "reference", "asked for"
     library = _open(config)
@@ -69,6 +69,48 @@ def survey(config: EngineConfig) -> tuple[str, str]:
         return "reference", library
     why = "the best" if config.cpu_isa == "auto" else "the one asked for"
     return library.isa_name, f"{why} of {', '.join(library.isas)}, which this CPU runs"
+
+
+def _reference(reason: str | None, int8_activations: bool) -> Backend:
+    def ops(dtype: torch.dtype, arena: Arena) -> Ops:
+        return ReferenceOps(dtype, arena["scratch"], int8_activations=int8_activations)
+
+    return Backend("reference", reason, keep, None, ops)
+
+
+def _native_ops(pool: Pool, dtype: torch.dtype, arena: Arena) -> Ops:
+    return NativeOps(dtype, arena["scratch"], arena["step"], pool)
+
+
+def _gpu(config: EngineConfig, model: ModelConfig) -> Backend:
+    """Triton is imported here: where there is no GPU it may be missing."""
+    attention, gpu_ops, layout = (
+        importlib.import_module(f"roofline.ops.gpu.{name}")
+        for name in ("attention", "gpu_ops", "layout")
+    )
+    heads = attention.Heads(model.num_heads, model.num_kv_heads, model.head_dim)
+
+    def pack(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
+        return layout.pack(
+            weight,
+            paired,
+            dtype=getattr(torch, config.dtype),
+            int8_activations=config.activations == "int8",
+            deterministic=config.deterministic,
+        )
+
+    def ops(dtype: torch.dtype, arena: Arena) -> Ops:
+        tasks = attention.make_tasks(
+            heads,
+            dtype,
+            getattr(torch, config.kv_dtype),
+            config.limits.max_num_seqs,
+            arena["scratch"].device,
+            deterministic=config.deterministic,
+        )
+        return gpu_ops.GpuOps(dtype, arena["scratch"], tasks, model.sliding_window)
+
+    return Backend("gpu", None, pack, None, ops)
 
 
 def _open(config: EngineConfig) -> Library | str:
@@ -84,12 +126,16 @@ def _pack(
 def _unfit(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> str | None:
     """Why the kernels cannot run a model, if so."""
     dim, shared = model.head_dim, model.num_heads // model.num_kv_heads
+    if config.dtype == "float16":
+        return "they compute in bfloat16 and float32, not in float16"
+    if config.kv_cache_dtype != "auto":
+        return f"they keep the KV cache in the activations' dtype, not in {config.kv_cache_dtype}"
     if dim % LANES or dim > MAX_HEAD_DIM:
         return f"head_dim {dim} is not a multiple of {LANES} up to {MAX_HEAD_DIM}"
     if shared > MAX_QUERIES:
         return f"{shared} query heads share a KV head; at most {MAX_QUERIES} can"
-    if config.block_size % LANES:
-        return f"block_size {config.block_size} is not a multiple of {LANES}"
+    if config.limits.block_size % LANES:
+        return f"block_size {config.limits.block_size} is not a multiple of {LANES}"
     for matrix in plan.matrices():
         if not can_pack(matrix.columns, matrix.group, matrix.offset):
             return f"{matrix.name} has {matrix.columns} columns in groups of {matrix.group}"

@@ -13,11 +13,14 @@ from torch import Tensor
 def choose(logits: Tensor, temperature: float, seed: int, position: int) -> int:
     """The token of logits [V] float32: argmax of logits / temperature + noise; -inf never.
 
-    Temperature 0 is without noise. The lowest id wins ties.
+    Temperature 0 is without noise. The lowest id wins ties. NaN is never chosen; where nothing else
+    is left the answer means nothing, and whoever looks at `all_finite` knows.
     """
-    if temperature == 0:
-        return lowest_argmax(logits)
     allowed = torch.nonzero(logits > -torch.inf).squeeze(1)
+    if not len(allowed):
+        return 0
+    if temperature == 0:
+        return int(allowed[lowest_argmax(logits[allowed])])
     noise = torch.from_numpy(gumbel(seed, position, allowed.numpy()))
     return int(allowed[lowest_argmax(logits[allowed] / temperature + noise)])
 

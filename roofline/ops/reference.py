@@ -10,12 +10,13 @@ import itertools
 import torch
 from torch import Tensor
 
-from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.noise import choose
 from roofline.ops.truncation import truncate
 
 TILE_TOKENS = 16
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # of the values of a KV cache
 SPAN_TOKENS = 256  # KV positions attention reads at a time, rounded down to whole blocks
 
 
@@ -42,7 +43,7 @@ class ReferenceOps(Ops):
         assert not isinstance(table, PackedWeight), "packed for another backend"
         if isinstance(table, Int8Weight):
             picked = Int8Weight(table.values[rows], table.scales[rows], table.group, table.offset)
-            values = dequantize(picked, torch.empty(picked.values.shape))
+            values = dequantize(picked, torch.empty_like(picked.values, dtype=torch.float32))
         else:
             values = table.values[rows].float()
         out.copy_(values * here.unsqueeze(1))
@@ -59,7 +60,7 @@ class ReferenceOps(Ops):
         k_norm: Tensor | None,
         rope: Tensor,
         inputs: StepInputs,
-        kv_pool: Tensor,
+        kv_cache: KvCache,
         layer: int,
         out: Tensor,
     ) -> None:
@@ -67,7 +68,7 @@ class ReferenceOps(Ops):
         if delta is not None:
             residual += delta
         tokens, heads, dim = out.shape
-        kv_heads = kv_pool.shape[3]
+        kv_heads = kv_cache.kv_heads
         x = rms_norm(residual, norm, eps).to(self.dtype)
         mixed = self._multiply(x, qkv)
         if bias is not None:
@@ -81,15 +82,14 @@ class ReferenceOps(Ops):
             key = rms_norm(key.contiguous(), k_norm, eps)
         cosines, sines = rope[:, inputs.positions].unsqueeze(2)  # [T, 1, D / 2]
         out.copy_(rotate(query, cosines, sines))
-        block_tokens = kv_pool.shape[4]
-        block, place = inputs.slots // block_tokens, inputs.slots % block_tokens
-        kv_pool[layer, 0][block, :, place] = rotate(key, cosines, sines).to(self.dtype)
-        kv_pool[layer, 1][block, :, place] = value.to(self.dtype)
+        written = inputs.slots >= 0
+        for half, x in enumerate((rotate(key, cosines, sines), value)):
+            _store(x[written], inputs.slots[written], kv_cache, layer, half)
 
     def attention(
         self,
         query: Tensor,
-        kv_pool: Tensor,
+        kv_cache: KvCache,
         layer: int,
         block_table: Tensor,
         query_start: Tensor,
@@ -103,7 +103,8 @@ class ReferenceOps(Ops):
         for row, (start, stop) in enumerate(itertools.pairwise(starts)):
             if start < stop:
                 blocks = block_table[row].long()
-                paged = kv_pool[layer]
+                scales = None if kv_cache.scales is None else kv_cache.scales[layer]
+                paged = KvCache(kv_cache.values[layer], scales)
                 mine = query[start:stop], contexts[row]
                 out[start:stop] = _attend(*mine, paged, blocks, scale, window).to(out.dtype)
 
@@ -152,16 +153,18 @@ class ReferenceOps(Ops):
         """See `Ops.choose`."""
         columns = (temperature.tolist(), seed.tolist(), position.tolist())
         for row, (heat, key, place) in enumerate(zip(*columns, strict=True)):
-            out[row] = choose(logits[row], heat, key % (1 << 64), place)
+            out[row] = choose(logits[row].cpu(), heat, key % (1 << 64), place)
 
 
 def round_to_int8(x: Tensor, weight: Int8Weight) -> Tensor:
     """x [T, K] rounded to INT8 in the groups of a weight's columns: max |x| / 127 is a step."""
-    columns = torch.arange(x.shape[1]) + weight.offset
+    columns = torch.arange(x.shape[1], device=x.device) + weight.offset
     group = (columns // weight.group).expand_as(x)
-    largest = torch.zeros(len(x), weight.scales.shape[1])
+    largest = x.new_zeros(len(x), weight.scales.shape[1])
     largest.scatter_reduce_(1, group, x.abs(), "amax")
-    steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / 127).gather(1, group)
+    steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / x.new_tensor(127.0)).gather(
+        1, group
+    )
     return (x / steps).round() * steps
 
 
@@ -203,9 +206,9 @@ def multiply(x: Tensor, weight: Weight, scratch: Tensor) -> Tensor:
     assert not isinstance(weight, PackedWeight), "packed for another backend"
     tokens, columns = x.shape
     tiles = -(-tokens // TILE_TOKENS)
-    padded = torch.zeros(tiles, TILE_TOKENS, columns)
+    padded = scratch.new_zeros(tiles, TILE_TOKENS, columns)
     padded.view(-1, columns)[:tokens] = x
-    result = torch.empty(tiles, weight.rows, TILE_TOKENS)
+    result = scratch.new_empty(tiles, weight.rows, TILE_TOKENS)
     slab = scratch.numel() // columns
     for start in range(0, weight.rows, slab):
         stop = min(start + slab, weight.rows)
@@ -225,27 +228,41 @@ def _float_rows(weight: Int8Weight | FloatWeight, start: int, stop: int, out: Te
     dequantize(part, out)
 
 
+def _store(x: Tensor, slots: Tensor, kv_cache: KvCache, layer: int, half: int) -> None:
+    """Write keys or values [n, Hkv, D] float32 to their slots, as the cache holds them."""
+    values, size = kv_cache.values, kv_cache.block_tokens
+    at = slots // size, slice(None), slots % size
+    if kv_cache.scales is not None:
+        largest = LARGEST[values.dtype]
+        scale = x.abs().amax(dim=2) / x.new_tensor(largest)  # as `int8_groups` divides
+        scale = torch.where(scale < SMALLEST_NORMAL, 1.0, scale)
+        kv_cache.scales[layer, half][at] = scale
+        x = (x / scale.unsqueeze(2)).clamp(-largest, largest)
+        x = x.round() if values.dtype == torch.int8 else x
+    values[layer, half][at] = x.to(values.dtype)
+
+
 def _attend(
     query: Tensor,  # [n, Hq, D], the last n tokens of the context
     context: int,
-    paged: Tensor,  # [2, blocks, Hkv, block_tokens, D]
+    paged: KvCache,  # of one layer: [2, blocks, Hkv, block_tokens, D]
     blocks: Tensor,  # [B] int64
     scale: float,
     window: int | None,
 ) -> Tensor:
     """Online softmax over spans of KV (Dao et al. 2022), [n, Hq, D] float32."""
     tokens, heads, dim = query.shape
-    kv_heads, block_tokens = paged.shape[2:4]
+    kv_heads, block_tokens = paged.values.shape[2:4]
     tiles, group = -(-tokens // TILE_TOKENS), heads // kv_heads
-    padded = torch.zeros(tiles * TILE_TOKENS, heads, dim)
+    padded = query.new_zeros(tiles * TILE_TOKENS, heads, dim, dtype=torch.float32)
     padded[:tokens] = query
     # [tiles * Hkv, group * 16, D]: the query heads of a KV head share its keys
     shape = (tiles, TILE_TOKENS, kv_heads, group, dim)
     rows = padded.view(shape).permute(0, 2, 3, 1, 4).reshape(tiles * kv_heads, -1, dim)
-    position = torch.arange(tiles * TILE_TOKENS) + (context - tokens)
+    position = torch.arange(tiles * TILE_TOKENS, device=query.device) + (context - tokens)
     position = position.view(tiles, 1, 1, TILE_TOKENS, 1)
 
-    highest = torch.full((*rows.shape[:2], 1), -torch.inf)
+    highest = rows.new_full((*rows.shape[:2], 1), -torch.inf)
     total, mixed = torch.zeros_like(highest), torch.zeros_like(rows)
     span_blocks = max(1, SPAN_TOKENS // block_tokens)
     for first in range(0, -(-context // block_tokens), span_blocks):
@@ -268,17 +285,20 @@ def _attend(
 
 
 def _span(
-    paged: Tensor, blocks: Tensor, first: int, span_blocks: int, context: int
+    paged: KvCache, blocks: Tensor, first: int, span_blocks: int, context: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [1, Hkv, span, D] float32 of a span of blocks, and its positions [span].
 
     Always the same shape: past the table block 0 stands in, and values past the context are zero.
     """
-    block_tokens = paged.shape[3]
-    chosen = torch.zeros(span_blocks, dtype=torch.int64)
+    block_tokens = paged.values.shape[3]
+    chosen = blocks.new_zeros(span_blocks)
     listed = blocks[first : first + span_blocks]
     chosen[: len(listed)] = listed
-    keys, values = paged[:, chosen].transpose(2, 1).flatten(2, 3).float().unsqueeze(1)
-    place = torch.arange(span_blocks * block_tokens) + first * block_tokens
+    both = paged.values[:, chosen].float()
+    if paged.scales is not None:
+        both *= paged.scales[:, chosen].unsqueeze(-1)
+    keys, values = both.transpose(2, 1).flatten(2, 3).unsqueeze(1)
+    place = torch.arange(span_blocks * block_tokens, device=blocks.device) + first * block_tokens
     values.masked_fill_((place >= context).view(1, 1, -1, 1), 0.0)
     return keys, values, place

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from roofline.ops import FloatWeight, Int8Weight, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, KvCache, StepInputs, Weight
 from roofline.ops.reference import ReferenceOps
 
 TOKENS = 70  # four whole tiles of 16 and a part of one
@@ -151,7 +151,7 @@ def test_norm_qkv_rope_store(shape: Shape, flagged: bool, dtype: torch.dtype) ->
             out = torch.full((count, shape.heads, shape.head_dim), torch.nan, dtype=dtype)
             reference(dtype).norm_qkv_rope_store(
                 residual[picked], delta[picked], norm, 1e-5, weight, bias, q_norm, k_norm,
-                rope, inputs, pool, 0, out,
+                rope, inputs, KvCache(pool, None), 0, out,
             )  # fmt: skip
             written = pool[0].permute(1, 3, 0, 2, 4).flatten(0, 1)[slots]
             return torch.cat((out.flatten(1), written.flatten(1)), dim=1)
@@ -175,7 +175,15 @@ class Row:
         out = torch.full_like(query, torch.nan)
         scale = query.shape[2] ** -0.5
         reference(dtype).attention(
-            query, pool, 0, self.blocks[None], bounds.int(), context.int(), scale, window, out
+            query,
+            KvCache(pool, None),
+            0,
+            self.blocks[None],
+            bounds.int(),
+            context.int(),
+            scale,
+            window,
+            out,
         )
         return out
 
@@ -221,7 +229,7 @@ def test_attention_among_other_rows(shape: Shape, dtype: torch.dtype) -> None:
     out = torch.full_like(query, torch.nan)
     scale = shape.head_dim**-0.5
     reference(dtype).attention(
-        query, pool, 0, table, start, torch.tensor(contexts).int(), scale, None, out
+        query, KvCache(pool, None), 0, table, start, torch.tensor(contexts).int(), scale, None, out
     )
     for row, context, mine in zip(rows, contexts, out.split(counts), strict=True):
         alone = row.attend(dtype, pool, None, context - len(mine), context)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from roofline.ops import FloatWeight, Int8Weight, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, KvCache, StepInputs, Weight
 from roofline.ops.reference import ReferenceOps
 
 Array = np.ndarray
@@ -126,7 +126,7 @@ def test_norm_qkv_rope_store(
     inputs = StepInputs(positions, positions, slots, unused, unused, unused)
     reference(dtype).norm_qkv_rope_store(
         changed, delta, norm, 1e-5, weight, bias, q_norm, k_norm,
-        torch.stack((angles.cos(), angles.sin())), inputs, pool, 1, out,
+        torch.stack((angles.cos(), angles.sin())), inputs, KvCache(pool, None), 1, out,
     )  # fmt: skip
 
     summed = residual.double().numpy() + delta.double().numpy()
@@ -157,7 +157,8 @@ def test_the_first_layer_has_no_delta() -> None:
     kept = residual.clone()
     reference(torch.float32).norm_qkv_rope_store(
         residual, None, torch.ones(8), 1e-5, int8_weight(6, 8, 32), None, None, None,
-        torch.ones(2, 1, 1), inputs, torch.zeros(1, 2, 3, 1, 1, 2), 0, torch.zeros(3, 1, 2),
+        torch.ones(2, 1, 1), inputs, KvCache(torch.zeros(1, 2, 3, 1, 1, 2), None), 0,
+        torch.zeros(3, 1, 2),
     )  # fmt: skip
     assert torch.equal(residual, kept)
 
@@ -195,3 +196,66 @@ def test_norm_head_of_the_sampled_tokens_only(dtype: torch.dtype) -> None:
     summed = (residual.double() + delta.double())[sampled].numpy()
     assert_close(out, exact_norm(summed, norm, 1e-5, dtype) @ exact(head).T, dtype)
     assert torch.equal(residual[4:], kept[4:]), "the residual is not the head's to change"
+
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+@pytest.mark.parametrize("stored", LARGEST, ids=str)
+def test_a_quantized_cache_has_a_scale_a_token_and_head(stored: torch.dtype) -> None:
+    tokens, dim, block_tokens = 9, 16, 4
+    weight = int8_weight(3 * dim, 32, 32)
+    weight.scales[dim:][::dim] = 0  # a channel of zeros changes nothing
+    residual = torch.randn(tokens, 32)
+    residual[3] = 0  # the token's keys and values are zero
+    rope = torch.stack((torch.ones(1, dim // 2), torch.zeros(1, dim // 2)))
+    zeros, slots = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens) + 2
+    slots[5] = -1
+    inputs = StepInputs(zeros, zeros, slots, zeros, zeros, zeros)
+    caches = [
+        KvCache(torch.full((1, 2, 3, 1, block_tokens, dim), 7.0).to(dtype), scales)
+        for dtype, scales in (
+            (torch.float32, None),
+            (stored, torch.full((1, 2, 3, 1, block_tokens), 7.0)),
+        )
+    ]
+    for cache in caches:
+        reference(torch.float32).norm_qkv_rope_store(
+            residual, None, torch.ones(32), 1e-5, weight, None, None, None, rope, inputs, cache,
+            0, torch.zeros(tokens, 1, dim),
+        )  # fmt: skip
+    exact_values = caches[0].values[0, :, :, 0].flatten(1, 2).double().numpy()
+    scales = caches[1].scales
+    assert scales is not None
+    values = caches[1].values[0, :, :, 0].flatten(1, 2).double().numpy()
+    flat_scales = scales[0, :, :, 0].flatten(1, 2).double().numpy()
+    for slot in range(3 * block_tokens):
+        for half in range(2):
+            wanted, row, scale = (
+                exact_values[half, slot],
+                values[half, slot],
+                flat_scales[half, slot],
+            )
+            if slot not in slots:
+                assert (row == 7).all() and scale == 7, "a slot of nobody's was written"
+                continue
+            largest = np.abs(wanted).max()
+            assert scale == (np.float32(largest) / np.float32(LARGEST[stored]) if largest else 1)
+            # Half a step of int8; of e4m3, with 3 bits of mantissa, 1/16 of the value.
+            bound = scale / 2 if stored == torch.int8 else np.abs(wanted) / 16 + scale / 512
+            assert (np.abs(row * scale - wanted) <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("stored", LARGEST, ids=str)
+def test_attention_reads_a_quantized_cache_as_the_floats_it_stands_for(stored: torch.dtype) -> None:
+    blocks, block_tokens, dim = 5, 16, 32
+    values = (torch.randn(2, 2, blocks, 2, block_tokens, dim) * 40).to(stored)
+    scales = torch.rand(2, 2, blocks, 2, block_tokens) / 40
+    floats = values.float() * scales.unsqueeze(-1)
+    query = torch.randn(3, 4, dim)
+    step = torch.tensor([[3, 0, 4]]).int(), torch.tensor([0, 3]).int(), torch.tensor([41]).int()
+    outs = []
+    for cache in (KvCache(values, scales), KvCache(floats, None)):
+        outs.append(torch.full_like(query, torch.nan))
+        reference(torch.float32).attention(query, cache, 1, *step, 0.2, None, outs[-1])
+    assert torch.equal(*outs)

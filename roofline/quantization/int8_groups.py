@@ -18,13 +18,15 @@ SLAB_VALUES = 1 << 21  # weights quantised at a time, so that temporaries stay s
 
 
 def quantize(weight: Tensor, group: int, name: str) -> Int8Weight:
-    """Quantise a float matrix [N, K] to INT8 groups of `group` columns.
+    """Quantise a float matrix [N, K] to INT8 groups of `group` columns, on the device it is on.
+
+    Division and rounding are IEEE's on every device, so the bits are the same.
 
     Raises CheckpointError naming the tensor where it holds NaN or infinity.
     """
     rows, columns = weight.shape
-    values = torch.empty(rows, columns, dtype=torch.int8)
-    scales = torch.empty(rows, -(-columns // group))
+    values = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(rows, -(-columns // group), device=weight.device)
     slab = max(1, SLAB_VALUES // columns)
     for start in range(0, rows, slab):
         part = slice(start, start + slab)
@@ -56,7 +58,8 @@ def _quantize_groups(weight: Tensor, group: int, values: Tensor, scales: Tensor,
     largest = grouped.abs().amax(dim=2)
     if not torch.isfinite(largest).all():
         raise CheckpointError(f"tensor '{name}' holds NaN or infinity: it cannot be quantised")
-    scale = largest / 127
+    # By a tensor on the device: torch on CUDA multiplies by the reciprocal of a plain number.
+    scale = largest / torch.tensor(127.0, device=weight.device)
     scale = torch.where(scale < SMALLEST_NORMAL, 1.0, scale)
     scales[:, : shape[0]] = scale
     quotient = grouped / scale.unsqueeze(2)

@@ -2,8 +2,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from roofline.config import PRESETS, ModelConfig
+from roofline.models.checkpoints.device_arrays import DeviceArrays
 from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.checkpoints.tensors import (
     EMBEDDING,
@@ -61,6 +63,16 @@ def test_weights_keep_activations_near_one(name: str) -> None:
     assert weights.std() * weights.shape[1] ** 0.5 == pytest.approx(1, abs=0.15)
 
 
+def test_matrices_are_as_random_as_they_look() -> None:
+    values, _ = DummyCheckpoint(PRESETS["llama-110m"], 0).read_int8(EMBEDDING)
+    square = values[:512, :512].astype(np.float64)
+    largest = np.linalg.svd(square, compute_uv=False)[0]  # Marchenko and Pastur 1967
+    assert largest == pytest.approx(2 * 512**0.5 * square.std(), rel=0.02)
+    for byte in range(8):  # of a word
+        mean = values.reshape(-1)[byte::8].astype(np.float64).mean()
+        assert mean == pytest.approx(-0.5, abs=0.2)
+
+
 def test_norms_are_ones() -> None:
     assert (DummyCheckpoint(SMALL, 0).read(NORM) == 1).all()
 
@@ -84,10 +96,20 @@ def test_tensors_depend_on_seed_and_name_and_nothing_else() -> None:
     assert not np.array_equal(values, twin)
 
 
+def test_a_device_makes_the_bits_of_the_host() -> None:
+    config = dataclasses.replace(SMALL, qkv_bias=True)
+    host = DummyCheckpoint(config, 9)
+    device = host.made_of(DeviceArrays(torch.device("cpu")))
+    for name in tensor_shapes(config):
+        assert np.array_equal(host.read(name), device.read(name).numpy())
+    for one, other in zip(host.read_int8(DOWN), device.read_int8(DOWN), strict=True):
+        assert np.array_equal(one, other.numpy()) and other.dtype == torch.from_numpy(one).dtype
+
+
 def test_bits_of_a_seed_are_those_of_every_release() -> None:
     values, scales = DummyCheckpoint(SMALL, 0).read_int8(DOWN)
-    assert values[0, :4].tolist() == [-88, 35, 12, -30]
-    assert scales[0, 0].item() == pytest.approx(0.001455539, rel=1e-5)
+    assert values[0, :4].tolist() == [-97, -115, -106, 51]
+    assert scales[0, 0].item() == pytest.approx(0.001004114, rel=1e-5)
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)

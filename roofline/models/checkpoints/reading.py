@@ -4,6 +4,8 @@ The loader and the offline quantiser both read through here, so they get the sam
 no shards; it imports only what an engine may.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,14 @@ from roofline.ops import Int8Weight
 from roofline.quantization.int8_groups import quantize
 
 _PIECES = (QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",))  # of LayerPlan.matrices()
+
+
+Upload = Callable[[Tensor], Tensor]  # puts a tensor where the model runs
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The `Upload` of a model that runs on the host."""
+    return tensor
 
 
 def tensor_groups(
@@ -30,12 +40,17 @@ def tensor_groups(
     return groups
 
 
-def int8_rows(checkpoint: Checkpoint, name: str, group: int, rows: slice) -> Int8Weight:
-    """Some rows of a matrix in groups of `group`: the file's own if it has them, else quantised."""
+def int8_rows(
+    checkpoint: Checkpoint, name: str, group: int, rows: slice, upload: Upload = as_it_is
+) -> Int8Weight:
+    """Some rows of a matrix in groups of `group`: the file's own if it has them, else quantised.
+
+    They are quantised where `upload` puts them.
+    """
     if checkpoint.native_groups.get(name) == group:
         values, scales = map(torch.as_tensor, checkpoint.read_int8(name))
-        return Int8Weight(values[rows], scales[rows], group, 0)
-    return quantize(torch.as_tensor(checkpoint.read(name))[rows], group, name)
+        return Int8Weight(upload(values[rows]), upload(scales[rows]), group, 0)
+    return quantize(upload(torch.as_tensor(checkpoint.read(name))[rows]), group, name)
 
 
 def float_vector(checkpoint: Checkpoint, name: str, rows: slice) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from roofline.budget import quantized_values
 from roofline.errors import CapacityError
-from roofline.ops import Ops, PackedWeight, StepInputs, Weight
+from roofline.ops import KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.cpu import abi
 from roofline.ops.cpu.library import Library
 from roofline.ops.cpu.packing import address
@@ -96,20 +96,20 @@ class NativeOps(Ops):
         k_norm: Tensor | None,
         rope: Tensor,
         inputs: StepInputs,
-        kv_pool: Tensor,
+        kv_cache: KvCache,
         layer: int,
         out: Tensor,
     ) -> None:
         """See `Ops.norm_qkv_rope_store`."""
         tokens, heads, dim = out.shape
-        kv_heads, block_tokens = kv_pool.shape[3:5]
+        kv_heads, block_tokens = kv_cache.kv_heads, kv_cache.block_tokens
         hidden = residual.shape[1]
         sizes = tokens * hidden, quantized_values(tokens, hidden), tokens * qkv.rows
         normed, quantized, mixed = self._room(*sizes)
         arguments = abi.NormQkvRopeStore(
             *self._pointers(self._step, residual, delta, norm), eps, _layout(qkv),
             *self._pointers(bias, q_norm, k_norm, rope), rope.shape[1],
-            *self._pointers(inputs.positions, inputs.slots, kv_pool[layer, 0], kv_pool[layer, 1]),
+            *self._pointers(inputs.positions, inputs.slots, *kv_cache.values[layer]),
             heads, kv_heads, dim, block_tokens, *self._pointers(normed, quantized, mixed, out),
         )  # fmt: skip
         self._run(abi.NORM_QKV_ROPE_STORE, arguments, tokens)
@@ -117,7 +117,7 @@ class NativeOps(Ops):
     def attention(
         self,
         query: Tensor,
-        kv_pool: Tensor,
+        kv_cache: KvCache,
         layer: int,
         block_table: Tensor,
         query_start: Tensor,
@@ -128,8 +128,8 @@ class NativeOps(Ops):
     ) -> None:
         """See `Ops.attention`."""
         tokens, heads, dim = query.shape
-        kv_heads, block_tokens = kv_pool.shape[3:5]
-        pointers = self._step, query, kv_pool[layer, 0], kv_pool[layer, 1], block_table
+        kv_heads, block_tokens = kv_cache.kv_heads, kv_cache.block_tokens
+        pointers = self._step, query, *kv_cache.values[layer], block_table
         arguments = abi.Attention(
             *self._pointers(*pointers), block_table.shape[1],
             *self._pointers(query_start, context_len), heads, kv_heads, dim, block_tokens,

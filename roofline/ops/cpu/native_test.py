@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from roofline.budget import quantized_values
-from roofline.ops import FloatWeight, Int8Weight, Ops, PackedWeight, StepInputs, Weight
+from roofline.ops import FloatWeight, Int8Weight, KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.cpu.library import Library
 from roofline.ops.cpu.native import NativeOps, Pool
 from roofline.ops.cpu.packing import pack
@@ -187,7 +187,7 @@ def norm_qkv_rope_store(
     delta = None if shape.hidden == 20 else step.delta[picked]  # the first layer has none
     ops.norm_qkv_rope_store(
         residual, delta, step.norm, EPS, weights["qkv"], step.bias, step.q_norm, step.k_norm,
-        step.rope, inputs, pool, 1, out,
+        step.rope, inputs, KvCache(pool, None), 1, out,
     )  # fmt: skip
     stored = pool.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).clone()  # [layers, slots, 2, Hkv, D]
     written = stored[1, slots].clone()
@@ -302,6 +302,29 @@ def test_a_step_without_tokens_writes_nothing(library: Library) -> None:
     compute = Step(SHAPES["floats"], FLOAT32).native(library)
     for op in OPS.values():
         assert all(len(result) == 0 for result in compute(op, torch.arange(0)))
+
+
+def test_a_slot_of_minus_one_is_not_written(library: Library) -> None:
+    step = Step(SHAPES["smollm2"], FLOAT32)
+    step.slots[:] = -1
+
+    def stored(step: Step, ops: Ops, weights: dict[str, Weight], picked: Tensor) -> list[Tensor]:
+        padded = torch.full((step.pool_shape[2] + 2, *step.pool_shape[3:]), 7.0)
+        pool = padded[1:-1].expand(2, 2, *padded[1:-1].shape)  # what lies around it shows, too
+        inputs = StepInputs(picked, picked, step.slots[: len(picked)], picked, picked, picked)
+        out = step.empty(len(picked), step.shape.heads, step.shape.head_dim)
+        ops.norm_qkv_rope_store(
+            step.residual[picked], None, step.norm, EPS, weights["qkv"], None, None, None,
+            step.rope, inputs, KvCache(pool, None), 0, out,
+        )  # fmt: skip
+        assert not out.isnan().any()
+        return [padded]
+
+    for padded in (
+        step.native(library)(stored, torch.arange(9)),
+        step.reference(stored, torch.arange(9)),
+    ):
+        assert (padded[0] == 7.0).all()
 
 
 def test_packed_weights_are_the_backends_alone() -> None:

@@ -109,6 +109,7 @@ static void norm_qkv_rope_store(const void* arguments, Team& team) {
             rotate(x, cosines, sines, dim, static_cast<X*>(a.out) + (t * a.heads + head) * dim);
             return;
         }
+        if (a.slots[t] < 0) return;
         const bool is_key = head < a.heads + a.kv_heads;
         const int64_t kv_head = head - a.heads - (is_key ? 0 : a.kv_heads);
         const int64_t block = a.slots[t] / a.block_tokens, place = a.slots[t] % a.block_tokens;

@@ -1,0 +1,1 @@
+"""The GPU backend: each Triton kernel, then the launcher that checks and launches it."""

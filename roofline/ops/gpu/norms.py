@@ -1,0 +1,135 @@
+"""What lies between linears: RMSNorm of the residual, and its rounding to INT8.
+
+The residual is updated here, by the one program of its token, and not in the linear that reads the
+normed activations: other programs of that launch could still be reading what one has updated.
+"""
+
+import triton
+import triton.language as tl
+
+from roofline.ops.gpu.triton_support import let_next_start, wait_for_previous
+
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)  # of float32
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it rounds half to even
+
+
+@triton.jit
+def add_norm(
+    residual,  # [T, H] float32
+    delta,  # [T, H] float32, or None
+    sampled,  # [S] int64, the tokens to norm; or None: all
+    norm,  # [H] float32
+    out,  # [T, H] or [S, H] activation dtype
+    infinite,  # [1] int32, which is cleared; or None
+    H,
+    eps,
+    UPDATE: tl.constexpr,  # residual += delta
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """RMSNorm of residual + delta, a token a program."""
+    let_next_start(PDL)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    weight = tl.load(norm + column, mask=inside, other=0)
+    wait_for_previous(PDL)
+    place = tl.program_id(0).to(tl.int64)
+    token = place
+    if sampled is not None:
+        token = tl.load(sampled + place)
+    x = tl.load(residual + token * H + column, mask=inside, other=0)
+    if delta is not None:
+        x += tl.load(delta + token * H + column, mask=inside, other=0)
+    if UPDATE:
+        tl.store(residual + token * H + column, x, mask=inside)
+    scale = 1 / tl.sqrt(tl.sum(x * x) / H + eps)
+    value = x * scale * weight
+    tl.store(out + place * H + column, value.to(out.dtype.element_ty), mask=inside)
+    if infinite is not None:
+        tl.store(infinite, 0, mask=place == 0)
+
+
+@triton.jit
+def largest_of(x):
+    """Max |x| over the last axis of [R, C]: NaN where one of them is, which `tl.max` leaves out."""
+    largest = tl.max(tl.abs(x), axis=1)
+    broken = tl.max((x != x).to(tl.int32), axis=1)
+    return tl.where(broken > 0, float("nan"), largest)
+
+
+@triton.jit
+def rounded(x, step):
+    """x / step rounded half to even, INT8; 0 where that is NaN or infinite."""
+    quotient = tl.div_rn(x, step)
+    quotient = tl.where(tl.abs(quotient) < 128.0, quotient, 0.0)
+    return ((quotient + ROUNDER) - ROUNDER).to(tl.int8)
+
+
+@triton.jit
+def quantize(
+    x,  # [T, K] activation dtype
+    values,  # [T, K] int8
+    steps,  # [G, stride] float32, one a token and group
+    K,
+    G,
+    stride,
+    OFFSET: tl.constexpr,
+    GROUP: tl.constexpr,  # 0: all of a row is one
+    COLUMNS: tl.constexpr,  # of a group, up to a power of two
+    GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Round to INT8 a token and group by max |x| / 127; GROUPS groups of a token a program."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    within = tl.arange(0, COLUMNS)
+    if GROUP == 0:
+        column = within[None, :] + group[:, None] * K
+        mine = column < K
+    else:
+        column = group[:, None] * GROUP - OFFSET + within[None, :]
+        mine = (column >= 0) & (column < K) & (within < GROUP)[None, :]
+    given = tl.load(x + token * K + column, mask=mine, other=0).to(tl.float32)
+    largest = largest_of(given)
+    step = tl.where(largest < SMALLEST_NORMAL, 1.0, tl.div_rn(largest, 127.0))
+    tl.store(values + token * K + column, rounded(given, step[:, None]), mask=mine)
+    tl.store(steps + group * stride + token, step, mask=group < G)
+
+
+@triton.jit
+def swiglu(
+    both,  # [T, 2 F] activation dtype
+    out,  # [T, F] activation dtype
+    F,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out = silu(gate) * up, of products that the library made."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < F
+    gate = tl.load(both + token * 2 * F + channel, mask=inside, other=0).to(tl.float32)
+    up = tl.load(both + token * 2 * F + F + channel, mask=inside, other=0).to(tl.float32)
+    value = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out + token * F + channel, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def find_infinite(
+    x,  # [count] float32
+    infinite,  # [1] int32, set where one is NaN or infinite
+    count,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Look through what the library wrote."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + index, mask=index < count, other=0)
+    broken = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), axis=0)
+    tl.store(infinite, 1, mask=broken > 0)
