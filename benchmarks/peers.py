@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 
 from peer_process import Peer, PeerError
 from peer_weights import peers_folder, write_safetensors
-from yardsticks import products, yardsticks
+from yardsticks import prompt_products, yardsticks
 
 from roofline.models.builtin import BUILTIN_MODELS, locate
 from roofline.models.opening import describe
@@ -73,9 +74,10 @@ Times = dict[str, dict[str, list[float]]]  # peer -> figure -> its value in each
 def main() -> None:
     """Drive the peers, print the tables and one JSON line."""
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is not lost
     started = time.monotonic()
     machine = yardsticks(arguments.threads)
-    machine["prefill_512_gmac"] = products(describe(MODEL)[0], 512) / 1e9
+    machine["prefill_512_gmac"] = prompt_products(describe(MODEL)[0], 512) / 1e9
     gguf = locate(BUILTIN_MODELS[MODEL])
     folder = peers_folder()
     write_safetensors(gguf, folder / "safetensors")
@@ -93,6 +95,8 @@ def main() -> None:
         run = Run(peers, Path(logs), arguments.rounds, arguments.limit_s)
         try:
             run.measure()
+        except KeyboardInterrupt:
+            run.left_out["the rest"] = "interrupted"
         finally:
             for peer in peers.values():
                 peer.stop()
@@ -179,6 +183,7 @@ class Run:
 
     def _add(self, name: str, figure: str, value: float) -> None:
         self.found[name].setdefault(figure, []).append(value)
+        print(f"{name}, {figure}: {value:.4g}", file=sys.stderr)
 
 
 def summary(
@@ -192,6 +197,7 @@ def summary(
     ratios = {
         ours: {name: ratio(medians[ours], medians[name]) for name in medians if name not in OURS}
         for ours in OURS
+        if ours in medians
     }
     peers = {name: {**facts[name], **medians[name]} for name in medians}
     for name, peer in peers.items():

@@ -19,10 +19,14 @@ def yardsticks(threads: int, rounds: int = 7) -> dict[str, Any]:
     return {"cpu": cpu_model(), "isa": library.isa_name, **peaks}
 
 
-def products(model: ModelConfig, tokens: int) -> int:
-    """Multiplications of a prompt: linear layers, attention, one row of logits."""
+def products(model: ModelConfig, tokens: int, sampled: int, seen: int) -> int:
+    """Multiplications of a step: layers' tokens, rows of logits, positions seen by all tokens."""
     plan = budget.plan_model(model, WeightFormat(), budget.Rank(), {})
-    per_token = sum(m.rows * m.columns for layer in plan.layers.values() for m in layer.matrices())
-    seen = tokens * (tokens + 1) // 2  # positions, by all tokens together
-    attention = 2 * seen * model.num_heads * model.head_dim * model.num_layers
-    return tokens * per_token + attention + model.vocab_size * model.hidden_size
+    layers = sum(m.rows * m.columns for layer in plan.layers.values() for m in layer.matrices())
+    attention = 2 * model.num_heads * model.head_dim * model.num_layers
+    return tokens * layers + sampled * model.vocab_size * model.hidden_size + seen * attention
+
+
+def prompt_products(model: ModelConfig, tokens: int) -> int:
+    """Multiplications of a prompt, up to its first token."""
+    return products(model, tokens, 1, tokens * (tokens + 1) // 2)
