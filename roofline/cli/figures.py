@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import roofline  # the public door: what it names loads on use, torch with it
 from roofline import budget, execution, models
+from roofline.budget import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +50,17 @@ class Decoding:
         }
 
 
-def bandwidth_gb_s(*, anew: bool = False, reached: float | None = None) -> float:
-    """Read bandwidth of this host at torch's number of threads, 1e9 bytes/s; measured once.
+def bandwidth_gb_s(
+    threads: int | None, *, anew: bool = False, reached: float | None = None
+) -> float:
+    """Read bandwidth of this host on an engine's threads, 1e9 bytes/s; measured once.
 
     A run that has `reached` more shows that the host was busy then: it is measured again.
     """
-    cache = models.builtin.cache_folder() / "bandwidth.json"
-    found = execution.bandwidth.read(cache, anew=anew)
+    cache, threads = models.builtin.cache_folder() / "bandwidth.json", threads or usable_cores()
+    found = execution.bandwidth.read(cache, threads, anew=anew)
     if reached is not None and reached > found and not anew:
-        return execution.bandwidth.read(cache, anew=True)
+        return execution.bandwidth.read(cache, threads, anew=True)
     return found
 
 

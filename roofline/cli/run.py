@@ -46,10 +46,11 @@ def run(
         submitted = time.monotonic()
         answer = _answer(_stream(llm, model, text, sampling, raw=raw), show=not json)
         decoding = figures.Decoding.of(llm, [answer])
+    bandwidth = figures.bandwidth_gb_s(config.threads, reached=decoding.read_gb_s())
     measured = {
         "load_s": submitted - started,
         "ttft_s": (answer.metrics.first_token_time or submitted) - submitted,
-        **decoding.report(figures.bandwidth_gb_s(reached=decoding.read_gb_s())),
+        **decoding.report(bandwidth),
     }
     if json:
         output.print_json(_answered(answer) | measured)
