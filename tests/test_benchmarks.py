@@ -1,5 +1,6 @@
 """What the benchmarks make of their measurements; the measuring itself is not repeated here."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import growth
 import peer_process
 import peers
+import perplexity
 import pytest
 import yardsticks
 from peer_process import Peer, PeerError
@@ -114,3 +116,10 @@ def test_the_work_of_a_model_is_that_of_its_matrices() -> None:
     assert two == 2 * alone
     assert head == model.vocab_size * model.hidden_size
     assert yardsticks.prompt_products(model, 1) == yardsticks.products(model, 1, 1, 1)
+
+
+def test_perplexities_are_compared_window_by_window() -> None:
+    base = {"stride": 10, "window_nlls": [10.0, 20.0]}
+    change, error = perplexity.difference(base, {"window_nlls": [10.1, 20.3]})
+    assert change == pytest.approx(math.expm1(0.02))
+    assert error == pytest.approx(0.01)

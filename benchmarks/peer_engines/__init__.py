@@ -16,7 +16,12 @@ class Weights:
     """The same weights in every format that a peer reads."""
 
     gguf: Path  # as fetched: Q4_1, its embedding Q8_0
-    folder: Path  # what was made of it: safetensors/, Q8_0.gguf, openvino/
+    folder: Path  # what was made of it
+
+    @property
+    def q8_0(self) -> Path:
+        """A GGUF file of the same weights, all matrices Q8_0."""
+        return self.folder / "Q8_0.gguf"
 
     @property
     def safetensors(self) -> Path:

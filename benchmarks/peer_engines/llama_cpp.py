@@ -1,12 +1,11 @@
 """llama.cpp through its C API: one batch a step, greedy, no sampler in the way.
 
-Variants: `Q4_1`, the original, and `Q8_0`, written from its weights where it is not there.
+Variants: `Q8_0`, and `Q4_1`, the original file.
 """
 
 import ctypes
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import llama_cpp as api
 import numpy as np
@@ -20,7 +19,7 @@ def load(weights: Weights, threads: int, variant: str) -> Loaded:
     """A context with a KV cache for every sequence."""
     hush = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     api.llama_log_set(hush, None)
-    path = weights.gguf if variant == "Q4_1" else _q8_0(weights, threads)
+    path = weights.gguf if variant == "Q4_1" else weights.q8_0
     model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
     options = api.llama_context_default_params()
     options.n_ctx, options.n_seq_max = SEQUENCES * CONTEXT, SEQUENCES
@@ -73,14 +72,3 @@ class _Run:
     def _likeliest(self, place: int) -> int:
         logits = api.llama_get_logits_ith(self._context, place)
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
-
-
-def _q8_0(weights: Weights, threads: int) -> Path:
-    path = weights.folder / "Q8_0.gguf"
-    if not path.exists():
-        how = api.llama_model_quantize_default_params()
-        how.ftype, how.allow_requantize, how.nthread = api.LLAMA_FTYPE_MOSTLY_Q8_0, True, threads
-        partial = path.with_suffix(".partial")
-        api.llama_model_quantize(str(weights.gguf).encode(), str(partial).encode(), how)
-        partial.rename(path)
-    return path

@@ -1,7 +1,6 @@
-"""openvino-genai on weights from optimum-intel; variants name its weight format, as `int8`.
+"""openvino-genai: variant `Q8_0` reads the GGUF file, `int8` weights with one scale a channel.
 
-Its INT8 has one scale a channel. The conversion is done once, and kept; it needs optimum-intel and
-nncf in this environment.
+The latter are made once, and kept; that needs optimum-intel and nncf in this environment.
 """
 
 import subprocess
@@ -21,14 +20,12 @@ STEP_TOKENS = 512
 
 def load(weights: Weights, threads: int, variant: str) -> Loaded:
     """Its continuous batching, as its server runs it."""
-    folder = weights.folder / f"openvino-{variant}"
-    if not folder.exists():
-        _convert(weights.safetensors, folder, variant)
+    model = weights.q8_0 if variant == "Q8_0" else _converted(weights, variant)
     scheduling = genai.SchedulerConfig()
     scheduling.cache_size, scheduling.enable_prefix_caching = 1, False  # GiB
     scheduling.max_num_seqs, scheduling.max_num_batched_tokens = SEQUENCES, STEP_TOKENS
     properties = {"INFERENCE_NUM_THREADS": threads}
-    pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduling, "CPU", properties)
+    pipeline = genai.ContinuousBatchingPipeline(str(model), scheduling, "CPU", properties)
     numbers = iter(range(1 << 62))
 
     def generate(prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, float]:
@@ -45,13 +42,17 @@ def load(weights: Weights, threads: int, variant: str) -> Loaded:
                 first_s = time.perf_counter() - started
         return first_s, time.perf_counter() - started
 
-    read = (folder / "openvino_model.bin").stat().st_size
+    read = (model if model.is_file() else model / "openvino_model.bin").stat().st_size
     return Loaded(generate, {"version": genai.__version__, "weight_bytes": read})
 
 
-def _convert(source: Path, folder: Path, weight_format: str) -> None:
-    command = ["optimum.commands.optimum_cli", "export", "openvino", "--model", str(source)]
-    how = ["--task", "text-generation-with-past", "--weight-format", weight_format]
-    partial = folder.with_suffix(".partial")
-    subprocess.run([sys.executable, "-m", *command, *how, str(partial)], check=True)
-    partial.rename(folder)
+def _converted(weights: Weights, weight_format: str) -> Path:
+    folder = weights.folder / f"openvino-{weight_format}"
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+        how = ["--task", "text-generation-with-past", "--weight-format", weight_format]
+        model = ["--model", str(weights.safetensors), str(partial)]
+        subprocess.run([*command, *how, *model], check=True)
+        partial.rename(folder)
+    return folder

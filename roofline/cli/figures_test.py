@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,7 +19,7 @@ def answered(tokens: int, first: float | None, last: float | None) -> RequestOut
 class Model:
     """As much of an LLM as the figures look at: 100 bytes of weights and 8 a token of KV."""
 
-    config: Any = None
+    config: ClassVar[Any] = None
     model_config: Any = None
     budget: Any = type("Budget", (), {"model": None})
 
