@@ -69,13 +69,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=budget.usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="ascending")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--plot", type=Path, help="an SVG file to write")
     arguments = parser.parse_args()
     started = time.monotonic()
     machine = yardsticks(arguments.threads)
     bench = Bench(machine, arguments.threads, arguments.rounds)
-    by_context = [point for dtype in ("bfloat16", "float32") for point in bench.by_context(dtype)]
-    by_batch = [point for name in ("float", "int8") for point in bench.by_batch(name)]
+    by_context = [
+        point
+        for dtype in ("bfloat16", "float32")
+        for point in bench.by_context(dtype, arguments.contexts)
+    ]
+    by_batch = [
+        point
+        for activations in ("float", "int8")
+        for point in bench.by_batch(activations, arguments.batches)
+    ]
     for points in (by_context, by_batch):
         print_table(points)
     if arguments.plot is not None:
@@ -98,24 +108,24 @@ class Bench:
     def __init__(self, machine: dict[str, Any], threads: int, rounds: int) -> None:
         self._machine, self._threads, self._rounds = machine, threads, rounds
 
-    def by_context(self, dtype: str) -> Iterator[Point]:
+    def by_context(self, dtype: str, contexts: Sequence[int]) -> Iterator[Point]:
         """One sequence; each prompt begins with the one before, which the prefix cache keeps."""
-        most = CONTEXTS[-1]
+        most = max(contexts)
         with self._load(dtype=dtype, max_num_seqs=1, max_model_len=most) as llm:
             text = _random_prompt(most, 0)
-            for context in CONTEXTS:
+            for context in contexts:
                 yield self._point(llm, dtype, context, [text[: context - TOKENS]])
 
-    def by_batch(self, activations: str) -> Iterator[Point]:
+    def by_batch(self, activations: str, batches: Sequence[int]) -> Iterator[Point]:
         """Many sequences of one short context."""
         series = "bfloat16" if activations == "float" else "activations int8"
         sizes = {
-            "max_num_seqs": BATCHES[-1],
+            "max_num_seqs": max(batches),
             "max_model_len": BATCH_CONTEXT,
-            "max_num_batched_tokens": BATCHES[-1] * BATCH_CONTEXT,  # every prompt in one step
+            "max_num_batched_tokens": max(batches) * BATCH_CONTEXT,  # every prompt in one step
         }
         with self._load(activations=activations, enable_prefix_caching=False, **sizes) as llm:
-            for batch in BATCHES:
+            for batch in batches:
                 prompts = [_random_prompt(BATCH_CONTEXT - TOKENS, row) for row in range(batch)]
                 yield self._point(llm, series, BATCH_CONTEXT, prompts)
 

@@ -53,6 +53,7 @@ def _converted(weights: Weights, weight_format: str) -> Path:
         command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
         how = ["--task", "text-generation-with-past", "--weight-format", weight_format]
         model = ["--model", str(weights.safetensors), str(partial)]
-        subprocess.run([*command, *how, *model], check=True)
+        if subprocess.run([*command, *how, *model], check=False).returncode:
+            raise SystemExit("optimum-intel made no weights; are it and nncf in this environment?")
         partial.rename(folder)
     return folder
