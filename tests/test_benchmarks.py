@@ -45,6 +45,12 @@ def test_a_summary_has_medians_ratios_and_fractions_of_the_machine() -> None:
     assert report["ratios"] == {"roofline": {"llama.cpp Q8_0": {"decode_1": 2.0, peers.START: 2.0}}}
 
 
+def test_a_yardstick_is_the_higher_of_two() -> None:
+    assert peers.best({"isa": "avx2", "a": 1.0, "b": 4.0}, {"isa": "avx2", "a": 2.0, "b": 3.0}) == {
+        "a": 2.0, "b": 4.0,
+    }  # fmt: skip
+
+
 def test_a_table_has_a_dash_where_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     peers.print_table("x", ("decode_1", "prefill_512"), {"one": {"decode_1": 123.456}})
     assert capsys.readouterr().out.splitlines()[-2:] == ["| one | 123.5 | - |", ""]
