@@ -106,7 +106,7 @@ def test_run_fit_and_quantize_take_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, _ = written(tmp_path, "v2")
-    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda **_: 20.0)
+    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda threads, **_: 20.0)
     folder = tmp_path / "quantised"
     quantize(str(path), str(folder), json=True)
     capsys.readouterr()

@@ -56,10 +56,10 @@ def latency(
         load_s = time.monotonic() - started
         _check_context(llm, "input_len", input_len, output_len)
         runs = _timed(lambda seed: _Run.of(llm, **sizes, seed=seed), **counts)
-        device = llm.config.device
+        loaded = llm.config
     typical = _typical(runs)
     reached = typical.read_gb_s(batch_size)
-    bandwidth = figures.bandwidth_gb_s(device=device, reached=reached)
+    bandwidth = figures.bandwidth_gb_s(loaded.threads, device=loaded.device, reached=reached)
     report = {
         "model": model,
         **sizes,
@@ -115,9 +115,9 @@ def throughput(
             ),
             **counts,
         )
-        device = llm.config.device
+        loaded = llm.config
     source = {"model": model, "dataset": dataset_path, "input_len": None if asked else length}
-    _print(source | sizes | counts | {"load_s": load_s} | _summary(rounds, device), json)
+    _print(source | sizes | counts | {"load_s": load_s} | _summary(rounds, loaded), json)
 
 
 @dataclass(frozen=True)
@@ -226,14 +226,15 @@ def _typical(runs: Sequence[_Run]) -> figures.Decoding:
     return figures.Decoding(rate, runs[0].decoding.bytes_per_token)
 
 
-def _summary(rounds: Sequence[_Round], device: str) -> dict[str, Any]:
+def _summary(rounds: Sequence[_Round], config: EngineConfig) -> dict[str, Any]:
     """All rounds as if they were one."""
     outputs = [output for each in rounds for output in each.outputs]
     duration_s = sum(each.duration_s for each in rounds)
     read = sum(len(output.prompt_token_ids) for output in outputs)
     written = sum(len(output.outputs[0].token_ids) for output in outputs)
-    bandwidth = figures.bandwidth_gb_s(device=device)
     bytes_read = sum(each.bytes_read for each in rounds)
+    read_gb_s = bytes_read / duration_s / 1e9
+    bandwidth = figures.bandwidth_gb_s(config.threads, device=config.device, reached=read_gb_s)
     return {
         "duration": duration_s,
         "completed": len(outputs),
@@ -248,7 +249,7 @@ def _summary(rounds: Sequence[_Round], device: str) -> dict[str, Any]:
         "num_steps": sum(each.num_steps for each in rounds),
         "bytes_read": bytes_read,
         "bandwidth_gb_s": bandwidth,
-        "roofline_fraction": bytes_read / duration_s / (bandwidth * 1e9),
+        "roofline_fraction": read_gb_s / bandwidth,
     }
 
 

@@ -12,7 +12,7 @@ from tests.tiny_model import CONTEXT, write_tiny_model
 
 @pytest.fixture(autouse=True)
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda **_: 20.0)
+    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda threads, **_: 20.0)
 
 
 @pytest.fixture(scope="module")

@@ -97,14 +97,13 @@ class Conversation:
         output = self.output
         if output is None or output.metrics.first_token_time is None:
             return None
+        bandwidth = figures.bandwidth_gb_s(self.llm.config.threads, device=self.llm.config.device)
         return {
             "prompt_tokens": len(output.prompt_token_ids),
             "cached_tokens": output.num_cached_tokens,
             "completion_tokens": len(output.outputs[0].token_ids),
             "ttft_s": output.metrics.first_token_time - self._asked,
-            **figures.Decoding.of(self.llm, [output]).report(
-                figures.bandwidth_gb_s(device=self.llm.config.device)
-            ),
+            **figures.Decoding.of(self.llm, [output]).report(bandwidth),
         }
 
     def _keep(self, question: str, output: "roofline.RequestOutput", asked: float) -> None:

@@ -126,7 +126,7 @@ def test_the_transcript_says_how_each_answer_ended() -> None:
 def test_a_stopped_answer_gives_its_blocks_back_and_the_next_finds_its_prefix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda **_: 20.0)
+    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda threads, **_: 20.0)
     endless = SamplingParams(temperature=0, ignore_eos=True)
     with LLM(str(write_tiny_model(tmp_path)), max_num_seqs=1) as llm:
         conversation = Conversation(llm, endless)

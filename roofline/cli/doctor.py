@@ -42,6 +42,7 @@ def doctor(*, json: options.Json = False) -> None:
     if torch is not None:
         kernels, missing = _kernels(importlib.import_module("roofline.ops.backends"))
         facts |= _torch_facts(torch) | kernels
+        facts["bandwidth_gb_s"] = figures.bandwidth_gb_s(facts["kernel_threads"], anew=True)
         broken += missing
     facts["variables"] = {k: v for k, v in os.environ.items() if k.startswith("ROOFLINE_")}
     problems = [*broken, *_problems(facts)]
@@ -98,7 +99,6 @@ def _torch_facts(torch: ModuleType) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "bandwidth_gb_s": figures.bandwidth_gb_s(anew=True),
     }
 
 

@@ -13,7 +13,7 @@ from tests.native_library import open_native
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No measuring, an empty cache, and none of the caller's variables."""
-    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda *, anew: 20.0 if anew else 0.0)
+    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda threads, *, anew: 20.0 if anew else 0.0)
     for name in [name for name in doctor.os.environ if name.startswith("ROOFLINE_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("ROOFLINE_CACHE", str(tmp_path / "cache"))

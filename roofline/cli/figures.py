@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import roofline  # the public door: what it names loads on use, torch with it
 from roofline import budget, execution, models
+from roofline.budget import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +53,20 @@ class Decoding:
 
 
 def bandwidth_gb_s(
-    *, device: str = "cpu", anew: bool = False, reached: float | None = None
+    threads: int | None,
+    *,
+    device: str = "cpu",
+    anew: bool = False,
+    reached: float | None = None,
 ) -> float:
-    """Read bandwidth of a device, 1e9 bytes/s; of a CPU at torch's threads. Measured once.
+    """Read bandwidth of a device, 1e9 bytes/s; of this host on an engine's threads. Measured once.
 
     A run that has `reached` more shows that the device was busy then: it is measured again.
     """
-    cache = models.builtin.cache_folder() / "bandwidth.json"
-    found = execution.bandwidth.read(cache, device, anew=anew)
+    cache, threads = models.builtin.cache_folder() / "bandwidth.json", threads or usable_cores()
+    found = execution.bandwidth.read(cache, threads, device, anew=anew)
     if reached is not None and reached > found and not anew:
-        return execution.bandwidth.read(cache, device, anew=True)
+        return execution.bandwidth.read(cache, threads, device, anew=True)
     return found
 
 

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,7 +19,7 @@ def answered(tokens: int, first: float | None, last: float | None) -> RequestOut
 class Model:
     """As much of an LLM as the figures look at: 100 bytes of weights and 8 a token of KV."""
 
-    config: Any = None
+    config: ClassVar[Any] = None
     model_config: Any = None
     budget: Any = type("Budget", (), {"model": None})
 
@@ -73,8 +73,8 @@ def test_a_run_that_beats_the_known_bandwidth_has_it_measured_again(
 ) -> None:
     monkeypatch.setenv("ROOFLINE_CACHE", str(tmp_path))
     measured = iter([10.0, 30.0, 99.0])
-    monkeypatch.setattr(execution.bandwidth, "measure", lambda: next(measured))
-    assert figures.bandwidth_gb_s() == 10
-    assert figures.bandwidth_gb_s(reached=9.9) == 10
-    assert figures.bandwidth_gb_s(reached=11.0) == 30
-    assert figures.bandwidth_gb_s() == 30
+    monkeypatch.setattr(execution.bandwidth, "measure", lambda threads: next(measured))
+    assert figures.bandwidth_gb_s(2) == 10
+    assert figures.bandwidth_gb_s(2, reached=9.9) == 10
+    assert figures.bandwidth_gb_s(2, reached=11.0) == 30
+    assert figures.bandwidth_gb_s(2) == 30

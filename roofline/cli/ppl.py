@@ -56,6 +56,9 @@ def ppl(
         "context": context,
         "stride": stride,
         "windows": len(cuts),
+        "window_nlls": [  # sums, nats: two runs are best compared window by window
+            math.fsum(nlls[first : first + stride]) for first in range(0, len(nlls), stride)
+        ],
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     if json:

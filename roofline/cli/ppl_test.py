@@ -54,10 +54,13 @@ def test_perplexity_is_that_of_transformers_over_the_same_windows(
     assert report["perplexity"] == math.exp(report["nll"])
     assert report["tokens_scored"] == len(nlls)
     assert report["windows"] * 24 == len(nlls)
+    sums = [math.fsum(nlls[first : first + 24]) for first in range(0, len(nlls), 24)]
+    assert report["window_nlls"] == pytest.approx(sums, abs=1e-3)
     assert (report["context"], report["stride"]) == (64, 24)
     assert report["sha256"] == hashlib.sha256(TEXT).hexdigest()
     assert list(report) == [
-        *("perplexity", "nll", "tokens_scored", "context", "stride", "windows", "sha256")
+        *("perplexity", "nll", "tokens_scored", "context", "stride", "windows", "window_nlls"),
+        "sha256",
     ]
 
 

@@ -45,11 +45,14 @@ def run(
     with roofline.LLM.from_config(model, config) as llm:
         submitted = time.monotonic()
         answer = _answer(_stream(llm, model, text, sampling, raw=raw), show=not json)
-        decoding, device = figures.Decoding.of(llm, [answer]), llm.config.device
+        decoding, loaded = figures.Decoding.of(llm, [answer]), llm.config
+    bandwidth = figures.bandwidth_gb_s(
+        loaded.threads, device=loaded.device, reached=decoding.read_gb_s()
+    )
     measured = {
         "load_s": submitted - started,
         "ttft_s": (answer.metrics.first_token_time or submitted) - submitted,
-        **decoding.report(figures.bandwidth_gb_s(device=device, reached=decoding.read_gb_s())),
+        **decoding.report(bandwidth),
     }
     if json:
         output.print_json(_answered(answer) | measured)

@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda **_: 20.0)
+    monkeypatch.setattr(figures, "bandwidth_gb_s", lambda threads, **_: 20.0)
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str, **options: Any) -> dict[str, Any]:

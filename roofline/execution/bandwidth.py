@@ -1,13 +1,13 @@
 """How fast a host or a GPU reads memory: the slope of the roofline, measured once, kept in a file.
 
-Reading is a reduction over a buffer far larger than any cache, by torch's own threads.
+A buffer far larger than any cache is read by the native kernels' threads; without them by torch's.
+The best pass counts: what else the host did meanwhile is no property of its memory.
 """
 
 import contextlib
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -17,41 +17,44 @@ import torch
 
 from roofline.budget import available_host_bytes
 from roofline.execution.host import cpu_model
+from roofline.ops.cpu.memory import PIECE_BYTES, native_reader
 
 _PASS_BYTES = 1 << 30  # read in one pass
 _PASSES = 5
 _GPU_ROUNDS = 16  # of a pass: a launch costs little beside them
 
 
-def read(cache: Path, device: str = "cpu", *, anew: bool = False) -> float:
-    """Read bandwidth in 1e9 bytes/s, on a CPU at torch's number of threads: known, or measured.
+def read(cache: Path, threads: int, device: str = "cpu", *, anew: bool = False) -> float:
+    """Read bandwidth in 1e9 bytes/s, of a CPU on so many threads: from the file, or measured.
 
     A file that cannot be understood is replaced; one that cannot be written is done without.
     """
-    place = f"{cpu_model()} | {torch.get_num_threads()} threads"
+    place = f"{cpu_model()} | {threads} threads, best pass"
     if device != "cpu":
         place = f"{torch.cuda.get_device_name(device)} | {device}"
     key = f"{platform.node()} | {place}"
     known = _load(cache)
     if anew or key not in known:
-        known[key] = measure() if device == "cpu" else measure_gpu(device)
+        known[key] = measure(threads) if device == "cpu" else measure_gpu(device)
         _save(cache, known)
     return known[key]
 
 
-def measure(pass_bytes: int = _PASS_BYTES, passes: int = _PASSES) -> float:
-    """The median pass over `pass_bytes`, in 1e9 bytes/s."""
+def measure(threads: int, pass_bytes: int = _PASS_BYTES, passes: int = _PASSES) -> float:
+    """The best pass over `pass_bytes`, in 1e9 bytes/s."""
     buffer_bytes = min(pass_bytes, max(available_host_bytes() // 4, 1 << 20))
+    buffer_bytes -= buffer_bytes % PIECE_BYTES
     buffer = torch.ones(buffer_bytes // 4, dtype=torch.float32)  # written: every page is its own
     rounds = -(-pass_bytes // buffer_bytes)
-    buffer.amax()
+    read_all = native_reader(threads) or torch.amax  # no chain of additions: memory is its limit
+    read_all(buffer)
     seconds = []
     for _ in range(passes):
         start = time.perf_counter()
         for _ in range(rounds):
-            buffer.amax()  # the reduction without a chain of additions: memory is its limit
+            read_all(buffer)
         seconds.append(time.perf_counter() - start)
-    return rounds * buffer.nbytes / statistics.median(seconds) / 1e9
+    return rounds * buffer.nbytes / min(seconds) / 1e9
 
 
 def measure_gpu(device: str) -> float:
