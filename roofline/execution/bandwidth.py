@@ -58,7 +58,7 @@ def measure(threads: int, pass_bytes: int = _PASS_BYTES, passes: int = _PASSES) 
 
 
 def measure_gpu(device: str) -> float:
-    """The median pass over a GPU's memory, or over what others leave of it, in 1e9 bytes/s."""
+    """The best pass over a GPU's memory, or over what others leave of it, in 1e9 bytes/s."""
     free, _ = torch.cuda.mem_get_info(torch.device(device))
     buffer = torch.ones(min(_PASS_BYTES, free // 4) // 4, device=device)
     buffer.amax()
@@ -70,7 +70,7 @@ def measure_gpu(device: str) -> float:
             buffer.amax()
         torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return _GPU_ROUNDS * buffer.nbytes / statistics.median(seconds) / 1e9
+    return _GPU_ROUNDS * buffer.nbytes / min(seconds) / 1e9
 
 
 def _load(cache: Path) -> dict[str, float]:
