@@ -85,7 +85,11 @@ def test_kernels_that_this_cpu_lacks_are_a_problem(
     ("variable", "value", "problem"),
     [
         ("ROOFLINE_THREDS", "4", "ROOFLINE_THREDS means nothing; did you mean ROOFLINE_THREADS?"),
-        ("ROOFLINE_DTYPE", "f16", "ROOFLINE_DTYPE is 'f16'; it must be 'bfloat16' or 'float16' or 'float32'"),
+        (
+            "ROOFLINE_DTYPE",
+            "f16",
+            "ROOFLINE_DTYPE is 'f16'; it must be 'bfloat16' or 'float16' or 'float32'",
+        ),
         ("ROOFLINE_CACHE", "/proc/cache", "/proc/cache cannot be written; set ROOFLINE_CACHE"),
     ],
 )
