@@ -68,6 +68,12 @@ def test_the_default_is_a_thread_for_every_core_of_the_process() -> None:
         ({}, {"block_size": 8}, "block_size 8 is not a multiple of 16"),
         ({"hidden_size": 66}, {}, "has 66 columns in groups of 128"),
         ({"intermediate_size": 72}, {}, "intermediate_size 72 is not a multiple of 16"),
+        ({}, {"dtype": "float16"}, "they compute in bfloat16 and float32, not in float16"),
+        (
+            {},
+            {"kv_cache_dtype": "int8"},
+            "they keep the KV cache in the activations' dtype, not in int8",
+        ),
     ],
 )
 def test_a_model_the_kernels_cannot_run_gets_the_reference_and_a_reason(
