@@ -189,7 +189,7 @@ static INLINE void merge(float later, const float* later_weight, const float* la
 }
 
 // Tokens of one row whose context is walked together, and the spans that any of them sees.
-struct Tile {
+struct QueryTile {
     int64_t row, token;  // the first, in the step
     int64_t tokens, position, first_span, spans;
 };
@@ -199,7 +199,7 @@ class Tiles {
   public:
     explicit Tiles(const Attention& a) : a_(a), size_(MAX_QUERIES / (a.heads / a.kv_heads)) {}
 
-    bool next(Tile& tile) {
+    bool next(QueryTile& tile) {
         first_ += size_;
         while (first_ >= count_) {
             if (++row_ == a_.step->rows) return false;
@@ -224,7 +224,7 @@ class Tiles {
 
 // What a tile's queries gather from one span.
 template <class X>
-static void attend(const Attention& a, const Tile& tile, int64_t kv_head, int64_t span, Gathering& g) {
+static void attend(const Attention& a, const QueryTile& tile, int64_t kv_head, int64_t span, Gathering& g) {
     using P = Panel<X>;
     const int64_t dim = a.head_dim, shared = a.heads / a.kv_heads, queries = tile.tokens * shared;
     const int64_t context = a.context_len[tile.row], last = tile.position + tile.tokens - 1;
@@ -287,7 +287,7 @@ static void attend(const Attention& a, const Tile& tile, int64_t kv_head, int64_
 
 // The result of a tile's queries.
 template <class X>
-static void finish(const Attention& a, const Tile& tile, int64_t kv_head, const Gathering& g) {
+static void finish(const Attention& a, const QueryTile& tile, int64_t kv_head, const Gathering& g) {
     const int64_t dim = a.head_dim, shared = a.heads / a.kv_heads;
     for (int64_t q = 0; q < tile.tokens * shared; ++q) {
         const int64_t token = tile.token + q / shared, head = kv_head * shared + q % shared;
@@ -320,10 +320,10 @@ static void attention(const void* arguments, Team& team) {
     const Attention& a = *static_cast<const Attention*>(arguments);
     const int64_t shared = a.heads / a.kv_heads;
     // Floats that a tile's spans take where they are tasks of their own.
-    const auto room = [&](const Tile& tile) {
+    const auto room = [&](const QueryTile& tile) {
         return tile.spans > 1 ? tile.spans * tile.tokens * a.heads * partial_size(a) : 0;
     };
-    Tile tile{};
+    QueryTile tile{};
     int64_t tiles = 0, spans = 0, values = 0;
     for (Tiles each(a); each.next(tile); ++tiles) spans += tile.spans, values += room(tile);
     const bool apart = spans > tiles && values <= a.partial_values;
