@@ -69,6 +69,8 @@ def decode_shape(heads: Heads, activation: torch.dtype, cache: torch.dtype) -> S
 def prompt_shape(heads: Heads, activation: torch.dtype) -> Shape:
     """How `prompt` runs: a tile of KV is used by as many query lines as registers hold."""
     least = _power_of_two(heads.group)
+    if heads.width > 128 and activation.itemsize > 2:
+        return Shape(max(32, least), tile=32, warps=4, stages=2)
     if heads.width > 128 or activation.itemsize > 2:
         return Shape(max(64, least), tile=32, warps=4, stages=2)
     return Shape(max(128, least), tile=64, warps=8, stages=3)
