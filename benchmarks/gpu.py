@@ -166,6 +166,7 @@ class Model:
         self._numbers = iter(range(1 << 30))
         self._random = random.Random(0)
         self.load_s = time.perf_counter() - started
+        workers.warm_up(lambda tokens: None)
         self.generate(1, 16, 1)
         self.first_token_s = time.perf_counter() - started
 
@@ -207,7 +208,6 @@ class Model:
         """Output tokens a second of `batch` sequences, from `context` tokens on."""
         made = self.add(batch, context - WARM_TOKENS, WARM_TOKENS + tokens + 2)
         self.steps(made, WARM_TOKENS)
-        torch.cuda.synchronize()
         before, started = sum(made.values()), time.perf_counter()
         self.steps(made, WARM_TOKENS + tokens)
         rate = (sum(made.values()) - before) / (time.perf_counter() - started)
