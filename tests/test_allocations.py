@@ -153,32 +153,3 @@ def test_the_python_heap_does_not_grow_over_a_thousand_steps() -> None:
     # The ids of 63 blocks of KV are among them; a number a step would be a thousand.
     assert blocks_after(1000) - before < 200
     workers.close()
-
-
-def test_a_closed_engine_leaves_no_thread_and_no_mapping() -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc")
-
-    def use() -> tuple[int, int]:
-        """Threads and pages of this process once an engine has run and is closed."""
-        engine, workers = open_engine()
-        start(engine, 5)
-        while engine.has_unfinished:
-            engine.step()
-        open_pages, kv_bytes = _pages(), workers.storage_bytes()["kv"]
-        workers.close()
-        del engine, workers
-        gc.collect()
-        assert open_pages - _pages() >= kv_bytes // os.sysconf("SC_PAGE_SIZE")
-        return len(list(Path("/proc/self/task").iterdir())), _pages()
-
-    for _ in range(2):  # what torch and libc keep for themselves
-        use()
-    threads, pages = use()
-    again = use()
-    assert again[0] == threads
-    assert again[1] - pages < 1000
-
-
-def _pages() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])

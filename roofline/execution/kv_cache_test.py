@@ -1,6 +1,7 @@
 import dataclasses
+import errno
+import mmap
 
-import numpy as np
 import pytest
 import torch
 
@@ -33,9 +34,9 @@ def test_a_rank_has_the_layers_and_heads_of_its_share() -> None:
 
 
 def test_memory_the_system_refuses_is_a_capacity_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(size_bytes: int, dtype: type) -> np.ndarray:
-        raise MemoryError
+    def refuse(*mapping: int, **flags: int) -> mmap.mmap:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(np, "zeros", refuse)
+    monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(CapacityError, match="refuses a KV pool of 1,228,800 bytes; lower --kv"):
         kv_cache.allocate(MODEL, "float32", Rank(), 10, 16)

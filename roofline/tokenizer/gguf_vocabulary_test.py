@@ -215,9 +215,9 @@ def test_any_value_of_any_key_is_taken_or_refused_never_a_crash(
 def test_the_real_vocabulary_is_built_in_half_a_second(smollm2_path: Path) -> None:
     with GGUFFile(smollm2_path) as file:
         metadata = file.metadata
-    start = time.process_time()
+    start = time.thread_time()
     vocabulary = vocabulary_from_gguf(metadata, smollm2_path.name)
-    assert time.process_time() - start < 0.5
+    assert time.thread_time() - start < 0.5
     assert vocabulary.size == 49_152
     assert vocabulary.eos_token_ids == (2,)
 

@@ -49,9 +49,9 @@ LLAMA3 = {
 def cheaply() -> Iterator[None]:
     """Whatever a file says, refusing it takes no time and no memory to speak of."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.process_time()
+    started = time.thread_time()
     yield
-    assert time.process_time() - started < 2
+    assert time.thread_time() - started < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kilobytes < 300_000
 
 

@@ -37,10 +37,10 @@ def test_a_file_that_both_layouts_fit_is_refused() -> None:
 
 def test_what_no_file_can_hold_is_refused_without_work_for_each_byte() -> None:
     header = struct.pack("<8i", 1 << 20, 1 << 22, 4096, 4096, 4096, 1 << 24, 1 << 27, 64)
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(CheckpointError, match="its header makes that"):
         identify(header, 1 << 60)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
 
 
 @given(st.binary(max_size=300), st.integers(0, 1 << 50), st.sampled_from([0, 1, 2]))

@@ -352,6 +352,6 @@ def test_a_sparse_file_of_a_terabyte_that_lies_costs_nothing(tmp_path: Path) -> 
     path = tmp_path / "huge.bin"
     path.write_bytes(struct.pack("<8i", 1 << 20, 1 << 22, 4096, 4096, 4096, 1 << 24, 1 << 27, 64))
     os.truncate(path, 1 << 40)
-    start = time.process_time()
+    start = time.thread_time()
     assert "its header makes that" in refusal(path).message
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1

@@ -51,10 +51,10 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def refusal(folder: Path) -> RooflineError:
     """What opening says, in one line, for little time and memory."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(RooflineError) as caught:
         SafetensorsCheckpoint(folder)
-    assert time.process_time() - started < 2
+    assert time.thread_time() - started < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kilobytes < 300_000
     assert str(folder) in caught.value.message and "\n" not in caught.value.message
     return caught.value

@@ -34,7 +34,7 @@ def prompt(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TABLE_ROWS: tl.constexpr,  # rows, rounded up to a power of two
-    FEWEST: tl.constexpr,  # tokens x GROUP of a row that is left to `decode`, at most
+    FEWEST: tl.constexpr,  # tokens x GROUP of a row that is left to `decode`; 0: deterministic
     ROWS: tl.constexpr,  # query rows of a tile
     TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
@@ -73,6 +73,8 @@ def prompt(
         first = oldest // TILE * TILE
         # Up to here every query of the tile sees every position, but for a window.
         middle = tl.maximum((lowest + 1) // TILE * TILE, first)
+        if FEWEST == 0:  # deterministic: one loop, whose roundings depend on no tile's place
+            middle = first
         last = tl.minimum(lowest + TOKENS, context)
         highest = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)

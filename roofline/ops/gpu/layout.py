@@ -99,7 +99,9 @@ def pack(
     layout = Layout(
         columns, groups, group, offset, chunk, paired, rounds,
         None if deterministic else plan_gemv(rows, columns, chunk, weight.values.element_size()),
-        plan_tiles(rows, columns, chunk, paired, dtype, deterministic),
+        plan_tiles(
+            rows, columns, chunk, paired, dtype, rounds=rounds, deterministic=deterministic
+        ),
         _library_tokens(rows, has_floats, rounds or deterministic),
     )  # fmt: skip
     return PackedWeight(weight.values, scales, rows, layout, copy)
@@ -122,14 +124,22 @@ def plan_gemv(rows: int, columns: int, chunk: int, item_bytes: int) -> GemvPlan:
 
 
 def plan_tiles(
-    rows: int, columns: int, chunk: int, paired: bool, dtype: torch.dtype, deterministic: bool
+    rows: int,
+    columns: int,
+    chunk: int,
+    paired: bool,
+    dtype: torch.dtype,
+    *,
+    rounds: bool,  # activations are rounded to INT8
+    deterministic: bool,
 ) -> tuple[TilesPlan, ...]:
     """Tiles for up to 16, 32 and 64 tokens, and for prompts; one for all where deterministic."""
     if dtype == torch.float32:  # no tensor core multiplies these
         return (TilesPlan(32, 16, 1, 4, 2),)
     if deterministic:
         return (TilesPlan(64, 64, 1, 4, 4),)
-    few = [(64, 16, 4, 4), (64, 32, 4, 4), (64, 64, 4, 3)]  # three programs a multiprocessor
+    sixteen = (64, 16, 4, 4) if rounds else (32, 16, 2, 6)  # docs/gpu_performance.md: measured
+    few = [sixteen, (64, 32, 4, 4), (64, 64, 4, 3)]
     chunks = -(-columns // chunk)
     plans = [
         TilesPlan(r, tokens, 1 if paired else _splits(rows, r, chunks), warps, stages)
