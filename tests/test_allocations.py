@@ -77,9 +77,9 @@ def open_engine(**options: Any) -> tuple[Engine, InProcessWorkers]:
     assert workers.backend.pool is not None
     scheduler = SchedulerConfig(
         num_blocks=workers.budget.num_blocks,
-        block_tokens=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_tokens=config.limits.block_size,
+        max_num_seqs=config.limits.max_num_seqs,
+        max_num_batched_tokens=config.limits.max_num_batched_tokens,
         max_model_len=workers.budget.step.max_model_len,
         vocab_size=MODEL.vocab_size,
         enable_prefix_caching=False,
@@ -109,7 +109,7 @@ def test_a_hundred_steps_allocate_no_tensor(params: dict[str, float]) -> None:
                 torch.empty(100)
         assert profile.profiler is not None
         assert profile.profiler.kineto_results is not None
-        events = profile.profiler.kineto_results.events()
+        events: list[Any] = profile.profiler.kineto_results.events()
         return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
 
     assert allocations(0, 3) == 3  # it would be seen

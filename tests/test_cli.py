@@ -161,7 +161,7 @@ def test_a_command_line_that_cannot_be_meant_is_exit_2(model: str) -> None:
     for arguments, words in (
         (["rnu"], ["Did you mean", "run"]),
         (["run", model, "hi", "--max-tokns", "3"], ["Did you mean --max-tokens"]),
-        (["run", model, "hi", "--dtype", "int3"], ["dtype is 'int3'", "'bfloat16' or 'float32'"]),
+        (["run", model, "hi", "--dtype", "int3"], ["dtype is 'int3'", "'float16' or 'float32'"]),
         (["run", model, "hi", "--group-size", "48"], ["group_size 48 is not supported", "32"]),
         (["run", "smolm2-135m", "hi"], ["smolm2-135m", "did you mean 'smollm2-135m'"]),
         (["run", "llama-3.1-8b", "hi"], ["--load-format dummy"]),

@@ -54,12 +54,12 @@ class Door:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
-        config, unused = execution.devices.resolve(config)
-        if unused is not None:
-            tell(f"the CPU runs this, not the GPU: {unused}")
         opened = open_model(model, config)
         shape = opened.config
         try:
+            config, unused = execution.devices.resolve(config)
+            if unused is not None:
+                tell(f"the CPU runs this, not the GPU: {unused}")
             note = opened.growth(config.weights)
             with loading_bar("Loading", len(tensor_shapes(shape)), note) as progress:
                 workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)

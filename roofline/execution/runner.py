@@ -35,8 +35,9 @@ class ModelRunner:
             self._samplers[start.row] = RowSampler(start)
         tokens, entries = self._tables.fill(plan)
         asking = [entry for entry in entries if entry.samples]
+        logprobs: dict[int, list[TokenLogprobs]] = {}
         if asking and all(self._is_plain(plan, entry) for entry in asking):
-            chosen, logprobs = self._run_through(tokens, asking), {}
+            chosen = self._run_through(tokens, asking)
         else:
             self._program.forward(tokens)
             chosen, logprobs = self._sample(plan, asking) if asking else ({}, {})

@@ -1,8 +1,9 @@
 """The contract of every op: signature, shapes, dtypes. A backend is one subclass of `Ops`.
 
-Every op writes into a required `out` (`truncate` in place); none allocates what outlives the call. A layer is six calls.
-T tokens of a step are ordered by row; R is the number of rows of the device-side tables, most of
-which may have no token in a step. `residual` and `delta` are float32 at every activation dtype.
+Every op writes into a required `out` (`truncate` in place); none allocates what outlives the call.
+A layer is six calls. T tokens of a step are ordered by row; R is the number of rows of the
+device-side tables, most of which may have no token in a step. `residual` and `delta` are float32 at
+every activation dtype.
 """
 
 import abc
