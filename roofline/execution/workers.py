@@ -18,6 +18,7 @@ from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.models.decoder import Decoder
 from roofline.models.layers import Source
 from roofline.ops import KvCache, Ops, backends
+from roofline.ops.cpu.huge_pages import collapse
 from roofline.ops.cuda import Graphs, Uploader, free_bytes, give_up_unused, on
 from roofline.parallel.mesh import Mesh
 from roofline.scheduling.plan import StepPlan, StepResult
@@ -55,6 +56,8 @@ class InProcessWorkers:
         with on(device):
             source = Source(checkpoint, progress, backend.pack, device, Uploader(device))
             decoder = Decoder(model, budget.model, mesh, source)
+            if backend.pool is not None:
+                collapse(decoder.tensors().values())
             give_up_unused(device)  # what loading took on its way
             cache = kv_cache.allocate(
                 model, config.kv_dtype, mesh.rank, budget.num_blocks, budget.step.block_size, device
