@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roofline.errors import RooflineError
 from roofline.execution.arena import Arena
 from roofline.execution.device_program import (
     CapturedProgram,
@@ -22,7 +21,7 @@ from roofline.execution.device_program import (
     view,
 )
 from roofline.execution.inputs import Choice, Entry, InputTables
-from roofline.execution.sampling import OFF, RowSampler, logprobs_of
+from roofline.execution.sampling import OFF, RowSampler, logprobs_of, not_finite
 from roofline.models.decoder import Decoder, rope_table
 from roofline.ops import KvCache, Ops
 from roofline.ops.cuda import Graphs, Lane, on
@@ -130,7 +129,7 @@ class DeviceRunner:
         with on(self.device):
             tokens = step.wait()
         if not step.is_finite:
-            raise _not_finite()
+            raise not_finite()
         chosen = {entry.index: token for entry, token in zip(step.asking, tokens, strict=True)}
         logprobs = {}
         for entry, sampler in zip(step.asking, step.samplers, strict=True):
@@ -226,7 +225,7 @@ class DeviceRunner:
             logits = whole[: len(tokens)]
             program.head(torch.tensor(tokens, device=self.device), logits)
             if not self._ops.all_finite(logits):
-                raise _not_finite()
+                raise not_finite()
             for position, row in zip(positions, logits.cpu(), strict=True):
                 target = sampler.history[position + 1]
                 scored.append(logprobs_of(row, target, sampler.params.prompt_logprobs))
@@ -318,9 +317,3 @@ _PADDING = {"slots": -1, "divisor": 1, "top_p": 1}  # of a token of nobody; else
 def _is_free(sampler: RowSampler, mask_slot: int) -> bool:
     """Whether a row's logits reach `Ops.truncate` and `Ops.choose` without the host."""
     return sampler.is_free and mask_slot == NONE
-
-
-def _not_finite() -> RooflineError:
-    return RooflineError(
-        "the model's logits are NaN or infinite: its weights or its config are wrong"
-    )

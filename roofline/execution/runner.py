@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from roofline.errors import RooflineError
 from roofline.execution.arena import Arena
 from roofline.execution.graphs import EagerProgram, capture
 from roofline.execution.inputs import Choice, Entry, InputTables
-from roofline.execution.sampling import RowSampler, logprobs_of
+from roofline.execution.sampling import RowSampler, logprobs_of, not_finite
 from roofline.models.decoder import Decoder, rope_table
 from roofline.ops import KvCache, Ops
 from roofline.request import TokenLogprobs
@@ -64,7 +63,7 @@ class ModelRunner:
             ]
         )
         if not self._program.run(tokens, len(asking)):
-            raise _broken()
+            raise not_finite()
         return self._take(asking)
 
     def _sample(
@@ -122,7 +121,7 @@ class ModelRunner:
         self._program.head(count)
         logits = self._arena["logits"][:count]
         if not self._ops.all_finite(logits):
-            raise _broken()
+            raise not_finite()
         return logits
 
     def _set_sampled(self, tokens: list[int]) -> None:
@@ -137,9 +136,3 @@ class ModelRunner:
 
 def _choice(sampler: RowSampler, temperature: float, position: int) -> Choice:
     return Choice(*sampler.limits, temperature, sampler.signed_seed, position)
-
-
-def _broken() -> RooflineError:
-    return RooflineError(
-        "the model's logits are NaN or infinite: its weights or its config are wrong"
-    )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from roofline.errors import RooflineError
 from roofline.request import TokenLogprobs
 from roofline.scheduling.plan import NONE, RowStart
 
@@ -101,6 +102,13 @@ def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     values, ids = torch.topk(raw, min(count, len(raw)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token, chosen, rank, top)
+
+
+def not_finite() -> RooflineError:
+    """What a step ends with whose logits are NaN or infinite."""
+    return RooflineError(
+        "the model's logits are NaN or infinite: its weights or its config are wrong"
+    )
 
 
 def _keep_allowed(logits: Tensor, params: RowStart, mask: bytes | None) -> None:
