@@ -25,7 +25,6 @@ from roofline.ops import Int8Weight, PackedWeight
 from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, pack
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
-from roofline.ops.gpu.triton_support import supports_pdl
 
 SHAPES = {  # rows, columns, paired
     "qkv": (6144, 4096, False),
@@ -98,7 +97,7 @@ class Bench:
         width = self.rows // 2 if self.paired else self.rows
         dtype = torch.bfloat16 if self.paired else torch.float32
         self.out = torch.empty(most_tokens, width, dtype=dtype, device=device)
-        self.linears = Linears(supports_pdl(device))
+        self.linears = Linears(device)
 
     def launches(self, candidate: Candidate) -> list[Callable[[], None]]:
         """One launch for each copy of the matrix."""
@@ -109,7 +108,8 @@ class Bench:
         if rounds:
             layout = packed[0].layout
             assert isinstance(layout, Layout)
-            x, steps = self.linears.rounded(x, layout, room)
+            planes = self.linears.rounded(x, layout, room)
+            x, steps = planes.values[0], planes.steps
         return [self._launch(candidate, x, steps, weight, out) for weight in packed]
 
     def _launch(

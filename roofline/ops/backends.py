@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from roofline.budget import ModelPlan, usable_cores
+from roofline.budget import ModelPlan, is_quantized, usable_cores
 from roofline.config import EngineConfig, ModelConfig
 from roofline.errors import UsageError
 from roofline.ops import FloatWeight, Int8Weight, Ops, Pack, Weight, keep
@@ -61,7 +61,10 @@ def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend
 def survey(config: EngineConfig) -> tuple[str, str]:
     """The kernels that a model they fit would run on, and why those; UsageError as in `choose`."""
     if config.is_on_gpu:
-        return "gpu", f"Triton kernels on {torch.cuda.get_device_name(config.device)}"
+        why = f"kernels in Triton on {torch.cuda.get_device_name(config.device)}"
+        missing = importlib.import_module("roofline.ops.gpu.nvrtc").missing()
+        also = ", in CUDA C++ for few tokens" if missing is None else f"; decodes slower: {missing}"
+        return "gpu", why + also
     if config.cpu_isa == "reference":
         return "reference", "asked for"
     library = _open(config)
@@ -84,9 +87,9 @@ def _native_ops(pool: Pool, dtype: torch.dtype, arena: Arena) -> Ops:
 
 def _gpu(config: EngineConfig, model: ModelConfig) -> Backend:
     """Triton is imported here: where there is no GPU it may be missing."""
-    attention, gpu_ops, layout = (
+    attention, gpu_ops, layout, stream = (
         importlib.import_module(f"roofline.ops.gpu.{name}")
-        for name in ("attention", "gpu_ops", "layout")
+        for name in ("attention", "gpu_ops", "layout", "stream")
     )
     heads = attention.Heads(model.num_heads, model.num_kv_heads, model.head_dim)
 
@@ -108,7 +111,18 @@ def _gpu(config: EngineConfig, model: ModelConfig) -> Backend:
             arena["scratch"].device,
             deterministic=config.deterministic,
         )
-        return gpu_ops.GpuOps(dtype, arena["scratch"], tasks, model.sliding_window)
+        made = gpu_ops.GpuOps(dtype, arena["scratch"], tasks, model.sliding_window)
+        if config.weights.quantization == "int8" and not config.deterministic:
+            kept = None if is_quantized(config.kv_dtype) else getattr(torch, config.kv_dtype)
+            shares = config.tensor_parallel_size
+            shapes = stream.ModelShapes(
+                model.hidden_size,
+                model.num_heads * model.head_dim // shares,
+                model.intermediate_size // shares,
+                model.head_dim,
+            )
+            made.compile_ahead(1 if config.activations == "int8" else 2, shapes, kept)
+        return made
 
     return Backend("gpu", None, pack, None, ops)
 

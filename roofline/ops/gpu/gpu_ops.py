@@ -2,7 +2,8 @@
 
 A layer of one decoding token is seven launches: norm, QKV with RoPE and the write to the cache,
 attention, output projection, norm, gate and up with SwiGLU, down projection. Where heads are normed
-or the cache is quantised, RoPE and the write are an eighth; several tokens sum splits in two more.
+or the cache is quantised, RoPE and the write are an eighth. Up to 16 tokens round the inputs of two
+projections in two more; from there on, two more sum splits.
 """
 
 import torch
@@ -10,10 +11,18 @@ from torch import Tensor
 
 from roofline.ops import KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.gpu import attention, lookup, norms, rope, sampling
+from roofline.ops.gpu.layout import STREAM_GROUP as PLANE_GROUP
 from roofline.ops.gpu.layout import layout_of
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
-from roofline.ops.gpu.triton_support import launch, parts, power_of_two, supports_pdl
+from roofline.ops.gpu.stream import ModelShapes, Planes
+from roofline.ops.gpu.triton_support import (
+    TRITON_DTYPES,
+    launch,
+    parts,
+    power_of_two,
+    supports_pdl,
+)
 
 
 class GpuOps(Ops):
@@ -27,9 +36,14 @@ class GpuOps(Ops):
         self._window = window  # the widest of the model's layers; None: some layer has none
         self._longest: int | None = None  # new tokens of a row of this step, at most
         self._pdl = supports_pdl(scratch.device)
-        self._linears = Linears(self._pdl)
+        self._linears = Linears(scratch.device)
         # [1] int32: whether logits were NaN or infinite
         self._infinite = torch.zeros(1, dtype=torch.int32, device=scratch.device)
+
+    def compile_ahead(self, planes: int, shapes: ModelShapes, kept: torch.dtype | None) -> None:
+        """Have the kernels in CUDA C++ compiled, for a cache of dtype `kept`, None: in integers."""
+        if self._linears.streams is not None:
+            self._linears.streams.prepare(self.dtype, planes, shapes, kept)
 
     def prepare_step(self, inputs: StepInputs) -> None:
         """See `Ops.prepare_step`: cut the step's attention into tasks, on the device."""
@@ -70,13 +84,13 @@ class GpuOps(Ops):
         if not len(residual):
             return
         room = Room(self.scratch)
-        x = self._normed(residual, delta, norm, eps, room, update=delta is not None)
         cache, weight = _layer_of(kv_cache, layer), _packed(qkv)
+        x = self._normed(residual, delta, norm, eps, weight, room, update=delta is not None)
         plain = cache.scales is None and q_norm is None and k_norm is None
-        if plain and len(x) == 1 and layout_of(weight).gemv is not None:
-            self._linears.gemv_rope_store(x, weight, bias, rope, inputs, cache, out, room)
+        if plain and self._linears.fuses_rope(weight, len(out), out.shape[2]):
+            self._linears.multiply_rope_store(x, weight, bias, rope, inputs, cache, out, room)
             return
-        mixed = self._linears.multiply_in_parts(x, weight, room)
+        mixed = self._linears.multiply_in_parts(x, len(out), weight, room)
         self._rope_store(mixed, bias, q_norm, k_norm, eps, rope, inputs, cache, out)
 
     def attention(
@@ -116,8 +130,9 @@ class GpuOps(Ops):
         if not len(residual):
             return
         room = Room(self.scratch)
-        x = self._normed(residual, delta, norm, eps, room, update=True)
-        self._linears.multiply(x, _packed(gate_up), out, room)
+        weight = _packed(gate_up)
+        x = self._normed(residual, delta, norm, eps, weight, room, update=True)
+        self._linears.multiply(x, weight, out, room)
 
     def norm_head(
         self,
@@ -133,8 +148,9 @@ class GpuOps(Ops):
         if not len(sampled):
             return
         room = Room(self.scratch)
-        x = self._normed(residual, delta, norm, eps, room, update=False, sampled=sampled)
-        self._linears.multiply(x, _packed(head), out, room, self._infinite)
+        weight = _packed(head)
+        x = self._normed(residual, delta, norm, eps, weight, room, update=False, sampled=sampled)
+        self._linears.multiply(x, weight, out, room, self._infinite)
 
     def all_finite(self, logits: Tensor) -> bool:
         """See `Ops.all_finite`: the kernel has looked while it wrote them."""
@@ -160,22 +176,37 @@ class GpuOps(Ops):
         delta: Tensor | None,
         norm: Tensor,
         eps: float,
+        weight: PackedWeight,  # that multiplies it
         room: Room,
         *,
         update: bool,
         sampled: Tensor | None = None,
-    ) -> Tensor:
-        """RMSNorm of residual + delta, [n, H] activation dtype: of all or the sampled tokens."""
+    ) -> Tensor | Planes:
+        """RMSNorm of residual + delta, [n, H]: of all or the sampled tokens, as it is multiplied.
+
+        Planes where `weight` takes them in groups of 128; else floats.
+        """
         hidden = residual.shape[1]
-        out = room.take((len(residual if sampled is None else sampled), hidden), self.dtype)
-        block = power_of_two(hidden)
+        tokens, layout = len(residual if sampled is None else sampled), layout_of(weight)
+        planes = 0
+        if layout.group == PLANE_GROUP and layout.offset % PLANE_GROUP == 0:
+            planes = self._linears.planes(layout, tokens)
+        block = max(PLANE_GROUP, power_of_two(hidden))
+        x: Tensor | Planes
+        if planes:
+            x = self._linears.room_for_planes(planes, tokens, hidden, layout.groups, room)
+            out, steps = x.values, x.steps
+        else:
+            x = out = room.take((tokens, hidden), self.dtype)
+            steps = None
         launch(
-            norms.add_norm, (len(out),), self._pdl,
-            residual, delta, sampled, norm, out, None if sampled is None else self._infinite,
-            hidden, eps, UPDATE=update, BLOCK=block,
-            num_warps=min(16, max(4, block // 512)),
+            norms.add_norm, (tokens,), self._pdl,
+            residual, delta, sampled, norm, out, steps,
+            None if sampled is None else self._infinite,
+            hidden, eps, 0 if steps is None else steps.stride(0), UPDATE=update, PLANES=planes,
+            FLOAT=TRITON_DTYPES[self.dtype], BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
-        return out
+        return x
 
     def _rope_store(
         self,

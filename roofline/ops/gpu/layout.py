@@ -14,6 +14,12 @@ from roofline.ops.gpu.triton_support import power_of_two
 
 CHUNK = 128  # columns of INT8 that a product takes at once, at most; all of one group
 FLOAT_CHUNK = 64
+STREAM_GROUP = 128  # columns that share a scale in what `stream` multiplies
+STREAM_ROWS, STREAM_COLUMNS = 16, 64  # that its matrices are multiples of
+STREAM_TOKENS = 16  # at most
+STREAM_BYTES = (
+    8 << 20
+)  # of a matrix: one token's product with a smaller one is over sooner in `gemv`
 PROGRAMS = 256  # about two for each multiprocessor of an H100: fewer leave memory idle
 
 
@@ -48,6 +54,7 @@ class Layout:
     chunk: int
     paired: bool  # the two halves of the rows are gate and up
     rounds_activations: bool  # to INT8, before they are multiplied
+    streamed: range  # tokens that are for `stream`, where that can be compiled
     gemv: GemvPlan | None
     tiles: tuple[TilesPlan, ...]  # by the tokens of their tile; the last serves any number
     library_tokens: int | None  # from so many tokens on the library multiplies; None: never
@@ -98,6 +105,7 @@ def pack(
     has_floats = scales is None or copy is not None
     layout = Layout(
         columns, groups, group, offset, chunk, paired, rounds,
+        range(0) if deterministic else _streamed(rows, columns, group, offset, dtype),
         None if deterministic else plan_gemv(rows, columns, chunk, weight.values.element_size()),
         plan_tiles(
             rows, columns, chunk, paired, dtype, rounds=rounds, deterministic=deterministic
@@ -105,6 +113,14 @@ def pack(
         _library_tokens(rows, has_floats, rounds or deterministic),
     )  # fmt: skip
     return PackedWeight(weight.values, scales, rows, layout, copy)
+
+
+def _streamed(rows: int, columns: int, group: int, offset: int, dtype: torch.dtype) -> range:
+    whole = group == STREAM_GROUP and offset % STREAM_GROUP == 0
+    whole = whole and rows % STREAM_ROWS == 0 and columns % STREAM_COLUMNS == 0
+    if not whole or dtype == torch.float32:  # which has more than 16 bits of fixed point
+        return range(0)
+    return range(1 if rows * columns >= STREAM_BYTES else 2, STREAM_TOKENS + 1)
 
 
 def plan_gemv(rows: int, columns: int, chunk: int, item_bytes: int) -> GemvPlan:
@@ -145,7 +161,7 @@ def plan_tiles(
         TilesPlan(r, tokens, 1 if paired else _splits(rows, r, chunks), warps, stages)
         for r, tokens, warps, stages in few
     ]
-    return *plans, TilesPlan(128, 128, 1, 8, 3)
+    return *plans, TilesPlan(64, 128, 1, 4, 3)
 
 
 def _splits(rows: int, tile_rows: int, chunks: int) -> int:
@@ -160,7 +176,7 @@ def _splits(rows: int, tile_rows: int, chunks: int) -> int:
 
 
 def _library_tokens(rows: int, has_floats: bool, never: bool) -> int | None:
-    """Up to 256 tokens, reading the weights as INT8 costs less than writing them as floats."""
+    """For few tokens, reading the weights as INT8 costs less than writing them as floats."""
     if never or (not has_floats and rows > DEQUANTIZED_ROWS):
         return None
-    return SPLIT_TOKENS + 1 if has_floats else 257
+    return SPLIT_TOKENS + 1 if has_floats else 97 if rows <= 8192 else 257

@@ -75,7 +75,7 @@ def test_a_deterministic_matrix_has_one_plan_for_every_number_of_tokens() -> Non
 
 
 def test_the_library_multiplies_long_prompts_by_matrices_that_fit_the_buffer() -> None:
-    assert layout(6144, 4096, 128).library_tokens == 257
+    assert layout(6144, 4096, 128).library_tokens == 97
     assert layout(DEQUANTIZED_ROWS + 1, 64, 32).library_tokens is None
     assert layout(6144, 4096, 128, int8_activations=True).library_tokens is None
     assert layout(6144, 4096, None).library_tokens == SPLIT_TOKENS + 1

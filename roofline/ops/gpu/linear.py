@@ -1,6 +1,7 @@
 """The launchers of linears: which kernel multiplies how many tokens, and what it is given.
 
-One token: `gemv`. Up to 64: `tiles`, and `sum_splits` where K was cut. Long prompts: the library,
+Up to 16 tokens: `stream`, in CUDA C++; what it does not take, `gemv` for one token and `tiles` for
+several, with `sum_splits` where K was cut. Up to 64: `tiles`. Long prompts: the library,
 by a matrix that is kept as floats or dequantised into a buffer; in INT8 activations, and where a
 token's bits may not depend on the others, `tiles` at every size.
 """
@@ -15,7 +16,8 @@ from roofline.ops.gpu.gemv import gemv
 from roofline.ops.gpu.gemv_rope import gemv_rope_store
 from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, layout_of
 from roofline.ops.gpu.room import Room
-from roofline.ops.gpu.triton_support import launch, parts, power_of_two
+from roofline.ops.gpu.stream import Planes, streams_on
+from roofline.ops.gpu.triton_support import launch, parts, power_of_two, supports_pdl
 
 SUM_BLOCK = 1024
 QUANTIZED_COLUMNS = 1024  # that a program rounds, at least
@@ -24,20 +26,37 @@ QUANTIZED_COLUMNS = 1024  # that a program rounds, at least
 class Linears:
     """Products of tokens with packed matrices, on one device."""
 
-    def __init__(self, pdl: bool) -> None:
-        self.pdl = pdl  # kernels start before the one before them has ended
+    def __init__(self, device: torch.device) -> None:
+        self.pdl = supports_pdl(device)  # kernels start before the one before them has ended
+        self.streams = streams_on(device)
+
+    def planes(self, layout: Layout, tokens: int) -> int:
+        """Planes that so many tokens are multiplied in, if they are not floats: 0."""
+        if layout.rounds_activations:
+            return 1
+        return 2 if self.is_streamed(layout, tokens) else 0
+
+    def is_streamed(self, layout: Layout, tokens: int) -> bool:
+        """Whether so many tokens are for `stream`."""
+        return self.streams is not None and tokens in layout.streamed
 
     def multiply(
         self,
-        x: Tensor,  # [T, K] activation dtype
+        x: Tensor | Planes,  # [T, K] activation dtype; or as many planes as `planes` says
         weight: PackedWeight,
         out: Tensor,  # [T, N], or [T, N / 2] of a pair: silu(gate) * up
         room: Room,
         infinite: Tensor | None = None,  # [1] int32, set where a product is NaN or infinite
     ) -> None:
         """Write the product, in the dtype of `out`."""
-        layout, tokens = layout_of(weight), len(x)
+        layout, tokens = layout_of(weight), len(out)
+        if self.streams is not None and self.is_streamed(layout, tokens):
+            if tokens > 1 or layout.rounds_activations:  # one token's planes are made on the way
+                x = self.rounded(x, layout, room)
+            self.streams.multiply(x, weight, out, infinite)
+            return
         if layout.library_tokens is not None and tokens >= layout.library_tokens:
+            assert isinstance(x, Tensor)
             self.library(x, weight, out, room)
             if infinite is not None:
                 assert out.is_contiguous()
@@ -46,7 +65,7 @@ class Linears:
                     out, infinite, out.numel(), BLOCK=4 * SUM_BLOCK,
                 )  # fmt: skip
             return
-        x, steps = self.rounded(x, layout, room)
+        x, steps = self._operands(x, layout, room)
         if tokens == 1 and layout.gemv is not None:
             self.gemv(x, steps, weight, out, infinite, layout.gemv)
             return
@@ -58,17 +77,19 @@ class Linears:
         self.tiles(x, steps, weight, partial, infinite, plan)
         self.sum_splits(partial, out)
 
-    def multiply_in_parts(self, x: Tensor, weight: PackedWeight, room: Room) -> Tensor:
+    def multiply_in_parts(
+        self, x: Tensor | Planes, tokens: int, weight: PackedWeight, room: Room
+    ) -> Tensor:
         """The product [splits, T, N] float32 that is yet to be added up, as the next kernel may."""
-        layout, tokens = layout_of(weight), len(x)
+        layout = layout_of(weight)
         splits = 1
-        if tokens > 1 or layout.gemv is None:
+        if not self.is_streamed(layout, tokens) and (tokens > 1 or layout.gemv is None):
             splits = layout.tiles_of(tokens).splits
         if splits == 1:
             out = room.take((1, tokens, weight.rows), torch.float32)
             self.multiply(x, weight, out[0], room)
             return out
-        x, steps = self.rounded(x, layout, room)
+        x, steps = self._operands(x, layout, room)
         out = room.take((splits, tokens, weight.rows), torch.float32)
         self.tiles(x, steps, weight, out, None, layout.tiles_of(tokens))
         return out
@@ -94,22 +115,33 @@ class Linears:
             EVEN=layout.is_even(count * plan.chunks), PAIRED=layout.paired, num_warps=plan.warps,
         )  # fmt: skip
 
-    def gemv_rope_store(
+    def fuses_rope(self, weight: PackedWeight, tokens: int, dim: int) -> bool:
+        """Whether `multiply_rope_store` takes so many tokens and heads of `dim` channels."""
+        layout = layout_of(weight)
+        if self.is_streamed(layout, tokens):
+            return dim % 16 == 0
+        return tokens == 1 and layout.gemv is not None
+
+    def multiply_rope_store(
         self,
-        x: Tensor,  # [1, K] activation dtype
+        x: Tensor | Planes,  # [T, K] activation dtype; or as many planes as `planes` says
         weight: PackedWeight,  # queries, keys, values
         bias: Tensor | None,  # [N] float32
         table: Tensor,  # [2, max_model_len, D / 2] float32
         inputs: StepInputs,
         cache: KvCache,  # of a layer, floats
-        out: Tensor,  # [1, Hq, D]
+        out: Tensor,  # [T, Hq, D]
         room: Room,
     ) -> None:
-        """One token's queries, keys and values, rotated, where they belong."""
+        """Queries, keys and values of some tokens, see `fuses_rope`, rotated, where they belong."""
         layout = layout_of(weight)
+        if self.streams is not None and self.is_streamed(layout, len(out)):
+            x = self.rounded(x, layout, room)
+            self.streams.rope_store(x, weight, bias, table, inputs, cache, out)
+            return
         plan = layout.gemv
-        assert plan is not None
-        x, steps = self.rounded(x, layout, room)
+        assert plan is not None and len(out) == 1
+        x, steps = self._operands(x, layout, room)
         count = parts(layout.chunks, plan.chunks)
         _, blocks, kv_heads, block_tokens, dim = cache.values.shape
         launch(
@@ -167,23 +199,40 @@ class Linears:
             GROUP=layout.group,
         )  # fmt: skip
 
-    def rounded(self, x: Tensor, layout: Layout, room: Room) -> tuple[Tensor, Tensor | None]:
-        """The input as it is multiplied: as it is, or INT8 with steps [G, T and more] float32."""
+    def rounded(self, x: Tensor | Planes, layout: Layout, room: Room) -> Planes:
+        """The input [T, K] as planes, as many as `planes` says."""
+        if isinstance(x, Planes):
+            return x
         assert x.is_contiguous()
-        if not layout.rounds_activations:
-            return x, None
         tokens, columns = x.shape
-        values = room.take((tokens, columns), torch.int8)
-        steps = room.take((layout.groups, -(-tokens // 16) * 16), torch.float32)
+        planes = self.planes(layout, tokens)
+        found = self.room_for_planes(planes, tokens, columns, layout.groups, room)
         wide = power_of_two(layout.group or columns)
         groups = max(1, QUANTIZED_COLUMNS // wide)
         launch(
             norms.quantize, (tokens, parts(layout.groups, groups)), self.pdl,
-            x, values, steps, columns, layout.groups, steps.stride(0),
-            OFFSET=layout.offset, GROUP=layout.group, COLUMNS=wide, GROUPS=groups,
+            x, found.values, found.steps, columns, layout.groups, found.steps.stride(0),
+            PLANES=planes, OFFSET=layout.offset, GROUP=layout.group, COLUMNS=wide, GROUPS=groups,
             num_warps=4 if wide <= 4096 else 8,
         )  # fmt: skip
-        return values, steps
+        return found
+
+    def room_for_planes(
+        self, planes: int, tokens: int, columns: int, groups: int, room: Room
+    ) -> Planes:
+        """Planes that are yet to be written."""
+        values = room.take((planes, tokens, columns), torch.int8)
+        return Planes(values, room.take((groups, -(-tokens // 16) * 16), torch.float32))
+
+    def _operands(
+        self, x: Tensor | Planes, layout: Layout, room: Room
+    ) -> tuple[Tensor, Tensor | None]:
+        """The input of `gemv` and `tiles`: as it is, or INT8 with steps [G, T and more] float32."""
+        if not layout.rounds_activations:
+            assert isinstance(x, Tensor) and x.is_contiguous()
+            return x, None
+        planes = self.rounded(x, layout, room)
+        return planes.values[0], planes.steps
 
     def library(self, x: Tensor, weight: PackedWeight, out: Tensor, room: Room) -> None:
         """By cuBLAS; the product of a pair in slices, as it is twice as wide as what it becomes."""

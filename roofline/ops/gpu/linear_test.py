@@ -12,7 +12,6 @@ from roofline.ops import FloatWeight, Int8Weight, PackedWeight
 from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, pack
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
-from roofline.ops.gpu.triton_support import supports_pdl
 from roofline.ops.reference import ReferenceOps, dequantize
 
 # Of NumPy, in the interpreter: run-time bounds of loops, products with infinities.
@@ -23,6 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALVES = (torch.bfloat16, torch.float16)
 # Of the largest value; sums are float32, and only the order of additions differs.
 TOLERANCE = 2e-5
+STREAMED = 1e-4  # where a few tokens are multiplied in planes: 16 bits of their group's largest
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def on_device(weight: Int8Weight | FloatWeight) -> Int8Weight | FloatWeight:
 
 def product(x: Tensor, packed: PackedWeight, out: torch.dtype = torch.float32) -> Tensor:
     """The product on the device, brought back; every value of it was written."""
-    linears = Linears(supports_pdl(DEVICE))
+    linears = Linears(DEVICE)
     width = packed.rows
     layout = packed.layout
     assert isinstance(layout, Layout)
@@ -97,7 +97,8 @@ def check_int8(
 ) -> None:
     x, weight = torch.randn(tokens, columns).to(dtype), int8_weight(rows, columns, group, offset)
     packed = pack(on_device(weight), False, dtype=dtype)
-    assert_close(product(x, packed), wanted(x, weight))
+    streams = isinstance(packed.layout, Layout) and tokens in packed.layout.streamed
+    assert_close(product(x, packed), wanted(x, weight), STREAMED if streams else TOLERANCE)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 17])
@@ -148,7 +149,7 @@ def test_every_cut_of_columns_gives_the_same_sum(plan: TilesPlan, tokens: int) -
     x, weight = torch.randn(tokens, 576).bfloat16(), int8_weight(34, 576, 128)
     packed = pack(on_device(weight), False, dtype=x.dtype)
     partial = torch.full((plan.splits, tokens, 34), torch.nan, device=DEVICE)
-    linears = Linears(supports_pdl(DEVICE))
+    linears = Linears(DEVICE)
     linears.tiles(x.to(DEVICE), None, packed, partial, None, plan)
     out = torch.full((tokens, 34), torch.nan, device=DEVICE)
     linears.sum_splits(partial, out)
@@ -160,14 +161,14 @@ def test_every_plan_of_one_token_gives_the_same_sum(plan: GemvPlan) -> None:
     x, weight = torch.randn(1, 576).bfloat16(), int8_weight(34, 576, 128)
     packed = pack(on_device(weight), False, dtype=x.dtype)
     out = torch.full((1, 34), torch.nan, device=DEVICE)
-    Linears(supports_pdl(DEVICE)).gemv(x.to(DEVICE), None, packed, out, None, plan)
+    Linears(DEVICE).gemv(x.to(DEVICE), None, packed, out, None, plan)
     assert_close(out.cpu(), wanted(x, weight))
 
 
 def test_a_prompt_goes_through_the_library_as_it_goes_through_the_kernel() -> None:
     x, weight = torch.randn(260, 100).bfloat16(), int8_weight(5, 100, 32, 20)
     packed = pack(on_device(weight), False, dtype=x.dtype)
-    assert isinstance(packed.layout, Layout) and packed.layout.library_tokens == 257
+    assert isinstance(packed.layout, Layout) and packed.layout.library_tokens == 97
     assert_close(product(x, packed), wanted(x, weight), 1e-2)
     assert_close(product(x[:65], packed), wanted(x[:65], weight))
 
@@ -202,7 +203,7 @@ def test_products_that_are_not_finite_are_found(tokens: int) -> None:
     x, weight = torch.randn(tokens, 40).to(DEVICE), FloatWeight(torch.randn(3, 40))
     packed = pack(on_device(weight), False, dtype=x.dtype)
     out, found = torch.empty(tokens, 3).to(DEVICE), torch.zeros(1, dtype=torch.int32).to(DEVICE)
-    linears, room = Linears(supports_pdl(DEVICE)), torch.empty(1 << 21).to(DEVICE)
+    linears, room = Linears(DEVICE), torch.empty(1 << 21).to(DEVICE)
     linears.multiply(x, packed, out, Room(room), found)
     assert not found.item()
     for broken in (torch.nan, -torch.inf):

@@ -10,6 +10,8 @@ import triton.language as tl
 from roofline.ops.gpu.triton_support import let_next_start, wait_for_previous
 
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)  # of float32
+SMALLEST_PLANES = tl.constexpr(1e-30)  # below, its step's inverse would be infinite
+MOST_PLANES = tl.constexpr(32512.0)  # 127 * 256: no high is more than 127
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it rounds half to even
 
 
@@ -19,11 +21,15 @@ def add_norm(
     delta,  # [T, H] float32, or None
     sampled,  # [S] int64, the tokens to norm; or None: all
     norm,  # [H] float32
-    out,  # [T, H] or [S, H] activation dtype
+    out,  # [T, H] or [S, H] activation dtype; or [PLANES, T or S, H] int8
+    steps,  # [groups of 128, stride] float32, of int8
     infinite,  # [1] int32, which is cleared; or None
     H,
     eps,
+    stride,
     UPDATE: tl.constexpr,  # residual += delta
+    PLANES: tl.constexpr,  # 0: floats
+    FLOAT: tl.constexpr,  # the activation dtype
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -43,8 +49,19 @@ def add_norm(
     if UPDATE:
         tl.store(residual + token * H + column, x, mask=inside)
     scale = 1 / tl.sqrt(tl.sum(x * x) / H + eps)
-    value = x * scale * weight
-    tl.store(out + place * H + column, value.to(out.dtype.element_ty), mask=inside)
+    value = (x * scale * weight).to(FLOAT)
+    if PLANES == 0:
+        tl.store(out + place * H + column, value, mask=inside)
+    else:
+        grouped = tl.reshape(value.to(tl.float32), [BLOCK // 128, 128])
+        high, low, step = planes_of(grouped, PLANES)
+        group = tl.arange(0, BLOCK // 128)
+        within = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        target = out + place * H + within
+        tl.store(target, high, mask=within < H)
+        if PLANES == 2:
+            tl.store(target + tl.num_programs(0).to(tl.int64) * H, low, mask=within < H)
+        tl.store(steps + group * stride + place, step, mask=group * 128 < H)
     if infinite is not None:
         tl.store(infinite, 0, mask=place == 0)
 
@@ -66,20 +83,46 @@ def rounded(x, step):
 
 
 @triton.jit
+def planes_of(x, PLANES: tl.constexpr):
+    """[R, C] float32 as int8 high, int8 low and step [R] float32.
+
+    One plane: x = step * high, and low is high. Two: x = step * (256 * high + low), as `stream.cu`
+    rounds it. The step of what is not finite is not.
+    """
+    largest = largest_of(x)
+    if PLANES == 1:
+        step = tl.where(largest < SMALLEST_NORMAL, 1.0, tl.div_rn(largest, 127.0))
+        high = rounded(x, step[:, None])
+        low = high
+    else:
+        finite, none = largest < float("inf"), largest < SMALLEST_PLANES
+        most = tl.zeros_like(largest) + MOST_PLANES
+        inverse = tl.where(none, 1.0, tl.where(finite, tl.div_rn(most, largest), 0.0))
+        step = tl.where(none, 1.0, tl.where(finite, tl.div_rn(largest, most), float("nan")))
+        quotient = tl.fma(x, tl.broadcast_to(inverse[:, None], x.shape), ROUNDER) - ROUNDER
+        whole = tl.where(tl.abs(quotient) < 32768.0, quotient, 0.0).to(tl.int32)
+        low = ((whole + 128) & 255) - 128
+        high = ((whole - low) >> 8).to(tl.int8)
+        low = low.to(tl.int8)
+    return high, low, step
+
+
+@triton.jit
 def quantize(
     x,  # [T, K] activation dtype
-    values,  # [T, K] int8
+    values,  # [PLANES, T, K] int8
     steps,  # [G, stride] float32, one a token and group
     K,
     G,
     stride,
+    PLANES: tl.constexpr,
     OFFSET: tl.constexpr,
     GROUP: tl.constexpr,  # 0: all of a row is one
     COLUMNS: tl.constexpr,  # of a group, up to a power of two
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Round to INT8 a token and group by max |x| / 127; GROUPS groups of a token a program."""
+    """Round a token and group to one plane or two; GROUPS groups of a token a program."""
     let_next_start(PDL)
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -92,9 +135,11 @@ def quantize(
         column = group[:, None] * GROUP - OFFSET + within[None, :]
         mine = (column >= 0) & (column < K) & (within < GROUP)[None, :]
     given = tl.load(x + token * K + column, mask=mine, other=0).to(tl.float32)
-    largest = largest_of(given)
-    step = tl.where(largest < SMALLEST_NORMAL, 1.0, tl.div_rn(largest, 127.0))
-    tl.store(values + token * K + column, rounded(given, step[:, None]), mask=mine)
+    high, low, step = planes_of(given, PLANES)
+    tl.store(values + token * K + column, high, mask=mine)
+    if PLANES == 2:
+        below = values + tl.num_programs(0).to(tl.int64) * K
+        tl.store(below + token * K + column, low, mask=mine)
     tl.store(steps + group * stride + token, step, mask=group < G)
 
 

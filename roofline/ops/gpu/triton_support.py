@@ -17,6 +17,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
 def supports_pdl(device: torch.device) -> bool:
     """Whether kernels on a device may be launched with PDL: compute capability 9.0 and later."""
     if INTERPRETED.value or device.type != "cuda":
