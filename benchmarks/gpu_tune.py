@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from roofline.ops import Int8Weight, PackedWeight
 from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, pack
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
+from roofline.ops.gpu.stream import StreamPlan, plan_stream
 
 SHAPES = {  # rows, columns, paired
     "qkv": (6144, 4096, False),
@@ -37,6 +39,7 @@ GROUP = 128
 WORKING_SET_BYTES = 400_000_000  # several times the second cache
 ROUNDS = 9
 SCRATCH_VALUES = 1 << 28  # float32, 1 GiB
+SHARED_BYTES = 230_000  # of a multiprocessor, for blocks
 
 GEMVS = [
     GemvPlan(rows, chunks, warps)
@@ -60,8 +63,8 @@ class Candidate:
 
     shape: str
     tokens: int
-    kind: str  # gemv, tiles, library, library_copy; `_int8` with rounded activations
-    plan: GemvPlan | TilesPlan | None
+    kind: str  # stream, gemv, tiles, library, library_copy; `_int8` with rounded activations
+    plan: StreamPlan | GemvPlan | TilesPlan | None
 
 
 def candidates(shapes: list[str], tokens: list[int], prompts: list[int]) -> Iterator[Candidate]:
@@ -70,6 +73,9 @@ def candidates(shapes: list[str], tokens: list[int], prompts: list[int]) -> Iter
         if count == 1:
             yield from (Candidate(shape, 1, "gemv", plan) for plan in GEMVS)
             yield from (Candidate(shape, 1, "gemv_int8", plan) for plan in GEMVS[::4])
+        for planes, kind in ((2, "stream"), (1, "stream_int8")):
+            for stream in stream_plans(count, planes, SHAPES[shape][1]):
+                yield Candidate(shape, count, kind, stream)
         tile = 16 if count <= 16 else 32 if count <= 32 else 64
         splits = (1,) if shape in ("gate_up", "head") else SPLITS
         for (rows, warps, stages), split in itertools.product(FEW, splits):
@@ -82,6 +88,21 @@ def candidates(shapes: list[str], tokens: list[int], prompts: list[int]) -> Iter
             yield Candidate(shape, count, kind, plan)
         yield Candidate(shape, count, "library", None)
         yield Candidate(shape, count, "library_copy", None)
+
+
+def stream_plans(tokens: int, planes: int, columns: int) -> Iterator[StreamPlan]:
+    """The rule's plan, and others that fit a multiprocessor."""
+    if tokens > 16:
+        return
+    rule = plan_stream(tokens, planes, columns)
+    yield rule
+    own = -(-(columns // GROUP) // rule.warps)
+    depths = [depth for depth in (2, 4, 7) if own % depth == 0]
+    for depth, waves, held, tiles in itertools.product(depths, (1, 2), (0, 1, 2), (1, 2)):
+        plan = replace(rule, depth=depth, waves=waves, blocks=waves, held=held, row_tiles=tiles)
+        in_registers = held < 2 or own * plan.token_tiles <= 8
+        if plan != rule and in_registers and waves * plan.shared_bytes(tokens) <= SHARED_BYTES:
+            yield plan
 
 
 class Bench:
@@ -104,12 +125,15 @@ class Bench:
         x, out = self.x[: candidate.tokens], self.out[: candidate.tokens]
         rounds = candidate.kind.endswith("_int8")
         packed = [self._packed(w, candidate.kind, rounds) for w in self.weights]
-        room, steps = Room(self.scratch), None
-        if rounds:
+        plan, streams, steps = candidate.plan, self.linears.streams, None
+        if rounds or isinstance(plan, StreamPlan):
             layout = packed[0].layout
             assert isinstance(layout, Layout)
-            planes = self.linears.rounded(x, layout, room)
+            planes = self.linears.rounded(x, layout, Room(self.scratch))
             x, steps = planes.values[0], planes.steps
+            if isinstance(plan, StreamPlan):
+                assert streams is not None
+                return [partial(streams.multiply, planes, w, out, None, plan) for w in packed]
         return [self._launch(candidate, x, steps, weight, out) for weight in packed]
 
     def _launch(
@@ -117,6 +141,7 @@ class Bench:
         out: Tensor,
     ) -> Callable[[], None]:  # fmt: skip
         plan, linears = candidate.plan, self.linears
+        assert not isinstance(plan, StreamPlan)
         if isinstance(plan, GemvPlan):
             return lambda: linears.gemv(x, steps, weight, out, None, plan)
         if plan is None:

@@ -150,9 +150,10 @@ class Streams:
         weight: PackedWeight,
         out: Tensor,  # [T, N] float32, or [T, N / 2] of a pair in the activation dtype
         infinite: Tensor | None,  # [1] int32, set where a product is NaN or infinite
+        plan: StreamPlan | None = None,  # another than the rule's
     ) -> None:
         """Write the product."""
-        plan = self._plan_for(x, weight)
+        plan = plan or self._plan_for(x, weight)
         kind = _PAIRED if layout_of(weight).paired else _PLAIN
         macros = self._macros(plan, kind, out.dtype)
         self._launch(macros, plan, x, weight, out, infinite, out.stride(0), *[None] * 6, 0, 0, 0, 0)
