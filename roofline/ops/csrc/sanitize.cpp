@@ -78,7 +78,7 @@ struct Matrix {
         pack_scales(source_scales.data(), rows, groups, chunks, paired, scales.data());
         weight.values = bytes.data();
         weight.scales = scales.data();
-        if (offset) room.resize(size_t(tokens * (columns / 4 + 2 * groups)));
+        if (offset) room.resize(size_t(tokens * (columns / 2 + 5 * ((columns + 31) / 32 + 1))));
     }
 };
 
