@@ -163,7 +163,10 @@ class ReferenceOps(Ops):
 
 
 def round_groups(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x [T, K] rounded to INT8 in the groups of a weight's columns: max |x| / 127 is a step."""
+    """x [T, K] rounded to INT8 in the groups of a weight's columns: max |x| / 127 is a step.
+
+    As a GPU's kernels round; which columns share a step is a backend's own choice.
+    """
     columns = torch.arange(x.shape[1], device=x.device) + weight.offset
     largest = _largest(x, columns // weight.group)
     steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / x.new_tensor(127.0))
