@@ -133,7 +133,9 @@ INLINE __m512i byte_part(const char* quad, int) { return _mm512_loadu_si512(quad
 INLINE Ints dot_part(Ints sum, __m512i weights, const ByteOperand* x) {
     int quad;
     std::memcpy(&quad, x, 4);
-    return {_mm512_dpbusd_epi32(sum.v, weights, _mm512_set1_epi32(quad))};
+    sum.v = _mm512_dpbusd_epi32(sum.v, weights, _mm512_set1_epi32(quad));
+    asm("" : "+v"(sum.v));  // in its register: a copy for what comes after the loop would spill
+    return sum;
 }
 #elif defined(__AVX512F__)
 using ByteOperand = int16_t;  // a quad as two pairs: its even columns, its odd ones

@@ -106,10 +106,6 @@ struct Int8Scale {
                 multiples + token * pieces, parts,               pieces};
     }
     INLINE Ints start(int m, int64_t piece) const { return fill_ints(starts[m * pieces + piece]); }
-    INLINE Vec of_piece(Ints sum, int m, int64_t piece) const {
-        if constexpr (WIDE_OPERANDS) return to_floats(sum);
-        return to_floats(sum) * fill(multiples[m * pieces + piece]);
-    }
     INLINE Vec add_piece(Vec so_far, Ints sum, int m, int64_t piece) const {
         return fma(to_floats(sum), fill(multiples[m * pieces + piece]), so_far);
     }
@@ -133,7 +129,7 @@ struct Tile {
     Scale scale;
     Rows<Operand> rows;
     int tokens, height;  // chunks of the block
-    Sum* kept;           // [tokens][height], of a group that goes on
+    Vec* kept;           // [tokens][height], of a group that goes on, with float activations
     float* totals;       // [tokens][height][16]
 
     // Chunks [first, first + chunks), whose quads of columns lie `step` bytes apart.
@@ -156,34 +152,35 @@ struct Tile {
             unroll<M>([&](auto m) INLINED { unroll<C>([&](auto c) INLINED { visit(m, c); }); });
         };
         const Scale own = scale.from(token, chunk);
-        const auto finish = [&](const auto& sums, bool first) INLINED {
+        const auto finish = [&](auto&& sum, bool first) INLINED {
             each([&](auto m, auto c) INLINED {
                 float* total = totals + ((token + m) * height + chunk + c) * LANES;
-                store(total, own.add(first ? fill(0.0f) : load(total), sums[m][c], m, c));
+                store(total, own.add(first ? fill(0.0f) : load(total), sum(m, c), m, c));
             });
         };
         Sum sums[M][C];
-        if constexpr (std::is_same_v<Sum, Ints>) {
+        if constexpr (std::is_same_v<Sum, Ints> && WIDE_OPERANDS) {
             each([&](auto m, auto c) INLINED { sums[m][c] = own.start(m, 0); });
-            const int64_t first = part.columns < PIECE_COLUMNS ? part.columns : PIECE_COLUMNS;
-            add_columns<M, C>(first, quads, step, x, sums);
-            Vec whole[M][C];
-            each([&](auto m, auto c) INLINED { whole[m][c] = own.of_piece(sums[m][c], m, 0); });
-            for (int64_t k = first, i = 1; k < part.columns; k += PIECE_COLUMNS, ++i) {
+            add_columns<M, C>(part.columns, quads, step, x, sums);
+            finish([&](auto m, auto c) INLINED { return to_floats(sums[m][c]); }, !part.begin);
+        } else if constexpr (std::is_same_v<Sum, Ints>) {
+            Vec whole[M][C];  // of a part
+            each([&](auto m, auto c) INLINED { whole[m][c] = fill(0.0f); });
+            for (int64_t k = 0, i = 0; k < part.columns; k += PIECE_COLUMNS, ++i) {
                 const int64_t left = part.columns - k;
                 each([&](auto m, auto c) INLINED { sums[m][c] = own.start(m, i); });
                 add_columns<M, C>(left < PIECE_COLUMNS ? left : PIECE_COLUMNS, quads + k / 4 * step, step, x + k, sums);
                 each([&](auto m, auto c) INLINED { whole[m][c] = own.add_piece(whole[m][c], sums[m][c], m, i); });
             }
-            finish(whole, !part.begin);
+            finish([&](auto m, auto c) INLINED { return whole[m][c]; }, !part.begin);
         } else {
-            Sum* const keep = kept + token * height + chunk;
+            Vec* const keep = kept + token * height + chunk;
             each([&](auto m, auto c) INLINED { sums[m][c] = fill(0.0f); });
             if (!part.starts)
                 each([&](auto m, auto c) INLINED { sums[m][c] = keep[m * height + c]; });
             add_columns<M, C>(part.columns, quads, step, x, sums);
             if (part.ends)
-                finish(sums, !part.group);
+                finish([&](auto m, auto c) INLINED { return sums[m][c]; }, !part.group);
             else
                 each([&](auto m, auto c) INLINED { keep[m * height + c] = sums[m][c]; });
         }
