@@ -327,9 +327,13 @@ def gpu_scratch_values(plan: ModelPlan, tokens: int, dtype: str, keeps_floats: b
 
 
 def quantized_values(tokens: int, columns: int) -> int:
-    """Float32 values that take as much as activations in INT8: values, scales and sums."""
-    groups = -(-columns // min(GROUP_SIZES)) + 1  # a cut may begin inside a group
-    return tokens * (-(-columns // 4) + 2 * groups)
+    """Float32 values that take as much as activations in INT8, with their steps, at most.
+
+    Operands of 16 bits; of each part of a row its unit, room between tokens, and two numbers each
+    of one piece and of one more (`csrc/int8_rounding.h`).
+    """
+    parts = -(-columns // min(GROUP_SIZES)) + 1  # a cut may begin inside a group
+    return tokens * (-(-columns // 2) + 5 * parts)
 
 
 def buffer_bytes(buffers: Mapping[str, tuple[tuple[int, ...], str]]) -> int:

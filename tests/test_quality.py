@@ -48,3 +48,9 @@ def test_int8_costs_less_than_half_a_percent(
     found = nll(smollm2_path, text, group_size=group_size)
     # Over two windows the noise is as large as the cost itself, so the line is drawn above both.
     assert math.expm1((found - FLOAT32_NLL) / (2 * SCORED)) < 0.005
+
+
+def test_int8_activations_cost_less_than_was_asked(smollm2_path: Path, text: str) -> None:
+    as_floats = nll(smollm2_path, text, group_size=128)
+    found = nll(smollm2_path, text, group_size=128, activations="int8")
+    assert math.expm1((found - as_floats) / (2 * SCORED)) < 0.006

@@ -76,7 +76,8 @@ def survey(config: EngineConfig) -> tuple[str, str]:
 
 def _reference(reason: str | None, int8_activations: bool) -> Backend:
     def ops(dtype: torch.dtype, arena: Arena) -> Ops:
-        return ReferenceOps(dtype, arena["scratch"], int8_activations=int8_activations)
+        scratch = arena["scratch"]
+        return ReferenceOps(dtype, scratch, int8_activations=int8_activations, stretches=True)
 
     return Backend("reference", reason, keep, None, ops)
 

@@ -17,6 +17,7 @@ from roofline.ops.truncation import truncate
 TILE_TOKENS = 16
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # of the values of a KV cache
+PART_COLUMNS, STRETCH_COLUMNS = 128, 32  # of activations in INT8 (csrc/int8_rounding.h)
 SPAN_TOKENS = 256  # KV positions attention reads at a time, rounded down to whole blocks
 
 
@@ -24,15 +25,20 @@ class ReferenceOps(Ops):
     """Composed of torch primitives; float32 inside, whatever the activation dtype."""
 
     def __init__(
-        self, dtype: torch.dtype, scratch: Tensor, *, int8_activations: bool = False
+        self,
+        dtype: torch.dtype,
+        scratch: Tensor,
+        *,
+        int8_activations: bool = False,
+        stretches: bool = False,  # each with a step of its own, as the CPU's kernels round
     ) -> None:
         super().__init__(dtype, scratch)
-        self._int8_activations = int8_activations
+        self._int8_activations, self._stretches = int8_activations, stretches
 
     def _multiply(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply as this backend was told: by activations as they are, or rounded to INT8."""
         if self._int8_activations and isinstance(weight, Int8Weight):
-            x = round_to_int8(x.float(), weight)
+            x = (round_stretches if self._stretches else round_groups)(x.float(), weight)
         return multiply(x, weight, self.scratch)
 
     def embed(self, token_ids: Tensor, table: Weight, first_id: int, out: Tensor) -> None:
@@ -156,16 +162,40 @@ class ReferenceOps(Ops):
             out[row] = choose(logits[row].cpu(), heat, key % (1 << 64), place)
 
 
-def round_to_int8(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x [T, K] rounded to INT8 in the groups of a weight's columns: max |x| / 127 is a step."""
+def round_groups(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x [T, K] rounded to INT8 in the groups of a weight's columns: max |x| / 127 is a step.
+
+    As a GPU's kernels round; which columns share a step is a backend's own choice.
+    """
     columns = torch.arange(x.shape[1], device=x.device) + weight.offset
-    group = (columns // weight.group).expand_as(x)
-    largest = x.new_zeros(len(x), weight.scales.shape[1])
-    largest.scatter_reduce_(1, group, x.abs(), "amax")
-    steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / x.new_tensor(127.0)).gather(
-        1, group
-    )
+    largest = _largest(x, columns // weight.group)
+    steps = torch.where(largest < SMALLEST_NORMAL, 1.0, largest / x.new_tensor(127.0))
     return (x / steps).round() * steps
+
+
+def round_stretches(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x [T, K] rounded to INT8 in stretches of 32 columns, whose steps are multiples of a unit.
+
+    Groups are cut into parts of 128 columns from where they begin, parts into stretches. The unit
+    of a part is max |x| / (127 * 255), a step the least of 1 to 255 units that reaches its
+    stretch's largest: 8 bits say a stretch's step, and sums of a part stay integers.
+    """
+    columns = torch.arange(x.shape[1], device=x.device)
+    first = (weight.group - weight.offset) % weight.group  # column of the first whole group
+    inside = torch.where(columns < first, columns, (columns - first) % weight.group)
+    part = (inside % PART_COLUMNS == 0).cumsum(0) - 1
+    stretch = (inside % PART_COLUMNS % STRETCH_COLUMNS == 0).cumsum(0) - 1
+    unit = _largest(x, part) / x.new_tensor(127.0 * 255.0)
+    unit = torch.where(unit < SMALLEST_NORMAL, 1.0, unit)
+    multiple = torch.ceil(_largest(x, stretch) / (unit * 127.0)).clamp(1.0, 255.0)
+    return (x / (multiple * unit)).round() * multiple * unit
+
+
+def _largest(x: Tensor, run: Tensor) -> Tensor:
+    """The largest |x| of the run of columns that each column is of, as large as x [T, K]."""
+    runs = run - run[0]
+    most = x.new_zeros(len(x), int(runs[-1]) + 1)
+    return most.scatter_reduce_(1, runs.expand_as(x), x.abs(), "amax")[:, runs]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

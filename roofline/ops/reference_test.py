@@ -81,6 +81,31 @@ def test_linear_of_floats(dtype: torch.dtype) -> None:
     assert_close(out, x.double().numpy() @ exact(weight).T, torch.float32)
 
 
+@pytest.mark.parametrize(("columns", "group", "offset"), CUTS)
+def test_linear_of_int8_activations_in_stretches(columns: int, group: int, offset: int) -> None:
+    x, weight = torch.randn(3, columns), int8_weight(67, columns, group, offset)
+    x[1, ::45] *= 1000.0
+    x[2] = 0.0
+    out = torch.full((3, 67), torch.nan)
+    scratch = torch.full((3000,), torch.nan)
+    ops = ReferenceOps(torch.float32, scratch, int8_activations=True, stretches=True)
+    ops.linear(x, weight, out)
+    rounded = np.zeros(x.shape)
+    for token, row in enumerate(x.double().numpy()):
+        begin = 0
+        while begin < columns:  # a part
+            end = min(columns, begin + 128, (begin + offset) // group * group + group - offset)
+            unit = np.abs(row[begin:end]).max() / (127 * 255) or 1.0
+            for k in range(begin, end, 32):
+                stretch = row[k : min(k + 32, end)]
+                largest = np.abs(stretch).max()
+                step = max(1, np.ceil(largest / (127 * unit) - 1e-4)) * unit
+                assert step <= largest / 127 + unit
+                rounded[token, k : k + len(stretch)] = (stretch / step).round() * step
+            begin = end
+    assert_close(out, rounded @ exact(weight).T, torch.float32)
+
+
 def test_linear_of_no_tokens_writes_nothing() -> None:
     reference(torch.float32).linear(torch.zeros(0, 5), int8_weight(3, 5, 32), torch.zeros(0, 3))
 

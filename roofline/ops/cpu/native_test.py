@@ -92,6 +92,7 @@ class Step:
         }
         self.ids = torch.randint(0, shape.vocab + 20, (TOKENS,))
         self.x = torch.randn(TOKENS, hidden).to(self.dtype)
+        self.x[:, 2::37] *= 50.0  # stretches of INT8 activations get steps of all sizes
         self.residual, self.delta = torch.randn(2, TOKENS, hidden)
         self.norm, self.rope = torch.rand(hidden) + 0.5, torch.randn(2, 50, dim // 2)
         self.positions = torch.randint(0, 50, (TOKENS,))
@@ -136,7 +137,9 @@ class Step:
 
     def reference(self, run: Run, picked: Tensor) -> list[Tensor]:
         """What the definition says."""
-        ops = ReferenceOps(self.dtype, torch.zeros(100_000), int8_activations=self.arithmetic.int8)
+        rounded = self.arithmetic.int8
+        scratch = torch.zeros(100_000)
+        ops = ReferenceOps(self.dtype, scratch, int8_activations=rounded, stretches=True)
         return run(self, ops, {**self.weights}, picked)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

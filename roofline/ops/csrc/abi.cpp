@@ -16,7 +16,7 @@
 
 using namespace roofline;
 
-EXPORT int roofline_abi_version() { return 7; }
+EXPORT int roofline_abi_version() { return 8; }
 
 // Names of the ISAs this library has and this CPU can run, best first; null past the last.
 EXPORT const char* roofline_isa(int index) {

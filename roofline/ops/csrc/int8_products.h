@@ -1,7 +1,7 @@
-// Activations as INT8, and their products with INT8 weights summed exactly in 32-bit integers.
+// Products of INT8 weights with activations that are INT8 too, summed exactly in 32-bit integers.
 //
-// Weights are unsigned, 128 too large (OFFSET_INT8): 128 times the sum of the activations comes off
-// at the end of a group. Integers have no order of sums to keep. Included once per ISA.
+// Weights are unsigned, 128 too large (OFFSET_INT8): sums begin at -128 times that of the
+// activations. Integers have no order of sums to keep. Included once per ISA.
 #pragma once
 
 #include "abi.h"
@@ -22,9 +22,7 @@ INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 INLINE Ints largest(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
 INLINE Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE void store(int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
-INLINE void store_bytes(int8_t* p, Ints a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
-}
+INLINE int32_t largest_lane(Ints a) { return _mm512_reduce_max_epi32(a.v); }
 INLINE Ints size_bits(Vec a) {
     return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
 }
@@ -47,10 +45,11 @@ INLINE void store(int32_t* p, Ints a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
 }
-INLINE void store_bytes(int8_t* p, Ints a) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+INLINE int32_t largest_lane(Ints a) {
+    const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
+    __m128i most = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1)));
 }
 INLINE Ints size_bits(Vec a) {
     const __m256i size = _mm256_set1_epi32(0x7fffffff);
@@ -85,8 +84,10 @@ INLINE Vec to_floats(Ints a) {
     return b;
 }
 INLINE void store(int32_t* p, Ints a) { std::memcpy(p, a.v, sizeof a.v); }
-INLINE void store_bytes(int8_t* p, Ints a) {
-    for (int t = 0; t < LANES; ++t) p[t] = int8_t(a.v[t]);
+INLINE int32_t largest_lane(Ints a) {
+    int32_t most = a.v[0];
+    for (const int32_t lane : a.v) most = most > lane ? most : lane;
+    return most;
 }
 INLINE Ints size_bits(Vec a) {
     Ints b;
@@ -125,15 +126,24 @@ INLINE void store_part(char* p, Ints part) { std::memcpy(p, part.v, sizeof part.
 #if defined(__AVX512VNNI__)
 using ByteOperand = int8_t;
 constexpr int QUAD_PARTS = 1;
+INLINE void store_operands(ByteOperand* p, Ints a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
 INLINE __m512i byte_part(const char* quad, int) { return _mm512_loadu_si512(quad); }
 INLINE Ints dot_part(Ints sum, __m512i weights, const ByteOperand* x) {
     int quad;
     std::memcpy(&quad, x, 4);
-    return {_mm512_dpbusd_epi32(sum.v, weights, _mm512_set1_epi32(quad))};
+    sum.v = _mm512_dpbusd_epi32(sum.v, weights, _mm512_set1_epi32(quad));
+    asm("" : "+v"(sum.v));  // in its register: a copy for what comes after the loop would spill
+    return sum;
 }
 #elif defined(__AVX512F__)
 using ByteOperand = int16_t;  // a quad as two pairs: its even columns, its odd ones
 constexpr int QUAD_PARTS = 2;
+INLINE void store_operands(ByteOperand* p, Ints a) {
+    const __m256i words = _mm256_shufflelo_epi16(_mm512_cvtepi32_epi16(a.v), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shufflehi_epi16(words, 0xd8));
+}
 INLINE __m512i byte_part(const char* quad, int i) {
     const __m512i raw = _mm512_loadu_si512(quad);
     return i ? _mm512_srli_epi16(raw, 8) : _mm512_and_si512(raw, _mm512_set1_epi16(0xff));
@@ -146,6 +156,11 @@ INLINE Ints dot_part(Ints sum, __m512i weights, const ByteOperand* x) {
 #elif defined(__AVX2__)
 using ByteOperand = int16_t;  // as above
 constexpr int QUAD_PARTS = 2;
+INLINE void store_operands(ByteOperand* p, Ints a) {
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+    words = _mm256_shufflelo_epi16(words, 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shufflehi_epi16(words, 0xd8));
+}
 INLINE __m256i byte_part(__m256i raw, int i) {
     return i ? _mm256_srli_epi16(raw, 8) : _mm256_and_si256(raw, _mm256_set1_epi16(0xff));
 }
@@ -164,6 +179,9 @@ INLINE Ints dot_part(Ints sum, Ints weights, const ByteOperand* x) {
 #else
 using ByteOperand = int16_t;  // as above
 constexpr int QUAD_PARTS = 2;
+INLINE void store_operands(ByteOperand* p, Ints a) {
+    for (int t = 0; t < LANES; ++t) p[t] = int16_t(a.v[t / 4 * 4 + t % 2 * 2 + t % 4 / 2]);
+}
 INLINE Ints byte_part(const char* quad, int i) {  // two columns of a row in one lane
     Ints a;
     for (int t = 0; t < LANES; ++t)
@@ -217,69 +235,6 @@ struct WidenedBytes {
         });
     }
 };
-
-// Tokens as INT8: for each group of columns a scale, max |x| / 127, and the sum of its values.
-struct Quantized {
-    int8_t* values;  // [T, K]
-    float* scales;   // [T, groups]
-    int32_t* sums;   // [T, groups]
-};
-
-// Sixteen activations; zeros past the first `count`.
-template <class X>
-INLINE Vec load_some(const X* x, int64_t count) {
-    if (count >= LANES) return load(x);
-    X some[LANES] = {};
-    std::memcpy(some, x, size_t(count) * sizeof(X));
-    return load(some);
-}
-
-// One group: `count` activations to INT8 values, their scale and their sum.
-template <class X>
-INLINE void quantize_group(const X* x, int64_t count, int8_t* values, float* scale, int32_t* sum) {
-    Ints largest_bits = fill_ints(0);  // the bits of |x| are in order as integers, NaN above all
-    for (int64_t k = 0; k < count; k += LANES)
-        largest_bits = largest(largest_bits, size_bits(load_some(x + k, count - k)));
-    int32_t lanes[LANES], most_bits = 0;
-    store(lanes, largest_bits);
-    for (const int32_t bits : lanes) most_bits = bits > most_bits ? bits : most_bits;
-    float most;
-    std::memcpy(&most, &most_bits, 4);
-    *scale = most < 1.17549435e-38f ? 1.0f : most / 127.0f;
-    Ints total = fill_ints(0);
-    for (int64_t k = 0; k < count; k += LANES) {
-        const Ints q = round_to_ints(load_some(x + k, count - k) / fill(*scale));  // a NaN is in the scale
-        total = total + q;
-        if (count - k >= LANES) {
-            store_bytes(values + k, q);
-            continue;
-        }
-        int8_t some[LANES];
-        store_bytes(some, q);
-        std::memcpy(values + k, some, size_t(count - k));
-    }
-    store(lanes, total);
-    *sum = 0;
-    for (const int32_t lane : lanes) *sum += lane;
-}
-
-// Columns of one token, each quad in the order of its parts.
-INLINE void to_operands(const int8_t* x, int64_t columns, int16_t* out) {
-    int64_t k = 0;
-#if defined(__AVX2__)
-    for (; k + 32 <= columns; k += 32, out += 32) {
-        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
-        const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(raw, 8), 8);
-        const __m256i odd = _mm256_srai_epi16(raw, 8);
-        const __m256i low = _mm256_unpacklo_epi32(even, odd), high = _mm256_unpackhi_epi32(even, odd);
-        __m256i* to = reinterpret_cast<__m256i*>(out);
-        _mm256_storeu_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
-        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
-    }
-#endif
-    for (; k < columns; k += 4, out += 4)
-        for (int i = 0; i < 4; ++i) out[i] = x[k + (2 * i) % 4 + i / 2];
-}
 
 }  // namespace RL_ISA
 }  // namespace roofline

@@ -1,7 +1,7 @@
 // x [T, K] times a packed matrix: a block of rows at a time, their weights across SIMD lanes.
 //
 // An output is one lane: for each group of columns a sum over K in order, in float32, times the
-// group's scale onto the total. Tiles of tokens and panels change what is loaded when, never that
+// group's scale onto the total; with INT8 activations for each part of a group. Tiles of tokens and panels change what is loaded when, never that
 // order, so a token's bits do not depend on how many others there are. Included once per ISA.
 #pragma once
 
@@ -10,6 +10,7 @@
 #include "abi.h"
 #include "float_products.h"
 #include "int8_products.h"
+#include "int8_rounding.h"
 #include "team.h"
 #include "vec.h"
 
@@ -53,17 +54,20 @@ INLINE void group_columns(const Weight& w, int64_t group, int64_t& begin, int64_
 // Columns of one group, as many as are taken at a time.
 struct Part {
     int64_t group, begin, columns;
-    bool starts, ends;  // its group
+    bool starts, ends;      // its group
+    int64_t index, pieces;  // parts and pieces before it
 };
 
 template <class Visit>
 INLINE void each_part(const Weight& w, Visit&& visit) {
+    int64_t index = 0, pieces = 0;
     for (int64_t g = 0; g < group_count(w); ++g) {
         int64_t begin, end;
         group_columns(w, g, begin, end);
         for (int64_t k = begin; k < end; k += PANEL_COLUMNS) {
             const int64_t columns = end - k < PANEL_COLUMNS ? end - k : PANEL_COLUMNS;
-            visit(Part{g, k, columns, k == begin, k + columns == end});
+            visit(Part{g, k, columns, k == begin, k + columns == end, index, pieces});
+            ++index, pieces += ceil_div(columns, PIECE_COLUMNS);
         }
     }
 }
@@ -89,24 +93,26 @@ struct FloatScale {
     }
 };
 
-// The same with a scale and a sum of each token, `groups` apart.
+// How a part's do: times a unit of each token, too, `parts` apart. Its pieces lie `pieces` apart.
 struct Int8Scale {
     const float* rows;
-    const float* tokens;
-    const int32_t* sums;
-    int64_t groups;
+    const float* units;
+    const int32_t* starts;
+    const float* multiples;
+    int64_t parts, pieces;
 
     INLINE Int8Scale from(int token, int chunk) const {
-        return {rows + chunk * LANES, tokens + token * groups, sums + token * groups, groups};
+        return {rows + chunk * LANES,     units + token * parts, starts + token * pieces,
+                multiples + token * pieces, parts,               pieces};
     }
-    INLINE Vec add(Vec total, Ints sum, int m, int c) const {
-        const Vec both = load(rows + c * LANES) * fill(tokens[m * groups]);
-        return fma(to_floats(sum + fill_ints(-128 * sums[m * groups])), both, total);
+    INLINE Ints start(int m, int64_t piece) const { return fill_ints(starts[m * pieces + piece]); }
+    INLINE Vec add_piece(Vec so_far, Ints sum, int m, int64_t piece) const {
+        return fma(to_floats(sum), fill(multiples[m * pieces + piece]), so_far);
+    }
+    INLINE Vec add(Vec total, Vec sum, int m, int c) const {
+        return fma(sum, load(rows + c * LANES) * fill(units[m * parts]), total);
     }
 };
-
-INLINE Vec zero(Vec) { return fill(0.0f); }
-INLINE Ints zero(Ints) { return fill_ints(0); }
 
 // Activations of some tokens, as they are multiplied.
 template <class T>
@@ -123,7 +129,7 @@ struct Tile {
     Scale scale;
     Rows<Operand> rows;
     int tokens, height;  // chunks of the block
-    Sum* kept;           // [tokens][height], of a group that goes on
+    Vec* kept;           // [tokens][height], of a group that goes on, with float activations
     float* totals;       // [tokens][height][16]
 
     // Chunks [first, first + chunks), whose quads of columns lie `step` bytes apart.
@@ -141,30 +147,52 @@ struct Tile {
 
     template <int M, int C>
     __attribute__((noinline)) void micro(const Part& part, const char* quads, int64_t step, int chunk, int token) const {
-        Sum sums[M][C];
-        Sum* const keep = kept + token * height + chunk;
+        const Operand* x = rows.x + token * rows.stride;
         const auto each = [&](auto&& visit) INLINED {
             unroll<M>([&](auto m) INLINED { unroll<C>([&](auto c) INLINED { visit(m, c); }); });
         };
-        each([&](auto m, auto c) INLINED { sums[m][c] = zero(Sum()); });
-        if (!part.starts)
-            each([&](auto m, auto c) INLINED { sums[m][c] = keep[m * height + c]; });
-        const Operand* x = rows.x + token * rows.stride;
-        for (int64_t k = 0; k < part.columns; k += 4, quads += step) {
+        const Scale own = scale.from(token, chunk);
+        const auto finish = [&](auto&& sum, bool first) INLINED {
+            each([&](auto m, auto c) INLINED {
+                float* total = totals + ((token + m) * height + chunk + c) * LANES;
+                store(total, own.add(first ? fill(0.0f) : load(total), sum(m, c), m, c));
+            });
+        };
+        Sum sums[M][C];
+        if constexpr (std::is_same_v<Sum, Ints> && WIDE_OPERANDS) {
+            each([&](auto m, auto c) INLINED { sums[m][c] = own.start(m, 0); });
+            add_columns<M, C>(part.columns, quads, step, x, sums);
+            finish([&](auto m, auto c) INLINED { return to_floats(sums[m][c]); }, !part.begin);
+        } else if constexpr (std::is_same_v<Sum, Ints>) {
+            Vec whole[M][C];  // of a part
+            each([&](auto m, auto c) INLINED { whole[m][c] = fill(0.0f); });
+            for (int64_t k = 0, i = 0; k < part.columns; k += PIECE_COLUMNS, ++i) {
+                const int64_t left = part.columns - k;
+                each([&](auto m, auto c) INLINED { sums[m][c] = own.start(m, i); });
+                add_columns<M, C>(left < PIECE_COLUMNS ? left : PIECE_COLUMNS, quads + k / 4 * step, step, x + k, sums);
+                each([&](auto m, auto c) INLINED { whole[m][c] = own.add_piece(whole[m][c], sums[m][c], m, i); });
+            }
+            finish([&](auto m, auto c) INLINED { return whole[m][c]; }, !part.begin);
+        } else {
+            Vec* const keep = kept + token * height + chunk;
+            each([&](auto m, auto c) INLINED { sums[m][c] = fill(0.0f); });
+            if (!part.starts)
+                each([&](auto m, auto c) INLINED { sums[m][c] = keep[m * height + c]; });
+            add_columns<M, C>(part.columns, quads, step, x, sums);
+            if (part.ends)
+                finish([&](auto m, auto c) INLINED { return sums[m][c]; }, !part.group);
+            else
+                each([&](auto m, auto c) INLINED { keep[m * height + c] = sums[m][c]; });
+        }
+    }
+
+    template <int M, int C>
+    INLINE void add_columns(int64_t columns, const char* quads, int64_t step, const Operand* x, Sum (&sums)[M][C]) const {
+        for (int64_t k = 0; k < columns; k += 4, quads += step) {
             if constexpr (Products::from_memory)
                 unroll<C>([&](auto c) INLINED { __builtin_prefetch(quads + AHEAD + 64 * c); });
             products.template add<M, C>(quads, x + k, rows.stride, sums);
         }
-        if (!part.ends) {
-            each([&](auto m, auto c) INLINED { keep[m * height + c] = sums[m][c]; });
-            return;
-        }
-        const Scale own = scale.from(token, chunk);
-        each([&](auto m, auto c) INLINED {
-            float* total = totals + ((token + m) * height + chunk + c) * LANES;
-            const Vec so_far = part.group ? load(total) : fill(0.0f);
-            store(total, own.add(so_far, sums[m][c], m, c));
-        });
     }
 };
 
@@ -248,24 +276,22 @@ static void multiply_floats(const Weight& w, const Block& block, int tokens, con
     });
 }
 
-// The same with activations as INT8, from token `first` on.
-INLINE void multiply_int8(const Weight& w, const Block& block, int tokens, const Quantized& x,
-                          int64_t first, float* totals) {
-    alignas(64) ByteOperand room[std::is_same_v<ByteOperand, int8_t> ? 1 : TILE_TOKENS * ROW_OPERANDS<ByteOperand>];
+// The same with activations as INT8: those of `all` tokens, from `first` on.
+INLINE void multiply_int8(const Weight& w, const Block& block, int tokens, const Rounded& x, int64_t first,
+                          int64_t all, float* totals) {
     alignas(64) char panel[QUAD_PARTS > 1 ? PANEL_COLUMNS / 4 * QUAD_PARTS * chunks_at_once(MICRO_TOKENS) * 64 : 1];
-    alignas(64) Ints kept[TILE_TOKENS * MAX_CHUNKS];
     const int height = int(block.chunks);
     const int most = chunks_at_once(tokens < MICRO_TOKENS ? tokens : MICRO_TOKENS);
-    const int64_t groups = group_count(w);
     each_part(w, [&](const Part& part) {
-        const int8_t* values = x.values + first * w.columns + part.begin;
-        const auto rows = operand_rows<ByteOperand>(values, w.columns, tokens, part.columns, room);
-        const int64_t at = first * groups + part.group;
-        const Int8Scale scale{block.scales + part.group * height * LANES, x.scales + at, x.sums + at, groups};
+        const int64_t stride = part.columns + ROW_GAP;
+        const Rows<ByteOperand> rows{x.values + all * (part.begin + part.index * ROW_GAP) + first * stride, stride};
+        const int64_t piece = first * x.pieces + part.pieces;
+        const Int8Scale scale{block.scales + part.group * height * LANES, x.units + first * x.parts + part.index,
+                              x.starts + piece, x.multiples + piece, x.parts, x.pieces};
         const char* quads = block.values + part.begin / 4 * height * 64;
         const auto run = [&](const auto& products, const char* from, int64_t step, int c, int chunks) {
             using Products = std::decay_t<decltype(products)>;
-            const Tile<Products, Int8Scale, ByteOperand> tile{products, scale, rows, tokens, height, kept, totals};
+            const Tile<Products, Int8Scale, ByteOperand> tile{products, scale, rows, tokens, height, nullptr, totals};
             tile.run(part, from, step, c, chunks);
         };
         for (int c = 0; c < height; c += most, quads += most * 64) {
@@ -284,7 +310,8 @@ INLINE void multiply_int8(const Weight& w, const Block& block, int tokens, const
 template <class X>
 struct Input {
     const X* x;
-    Quantized quantized;
+    int64_t tokens;
+    Rounded rounded;
 };
 
 // Totals [tokens][chunks][16] of at most TILE_TOKENS tokens, from token `first` on, and one block.
@@ -292,32 +319,36 @@ template <class X>
 static void multiply_block(const Weight& w, const Block& block, int tokens, const Input<X>& input,
                            int64_t first, float* totals) {
     if (w.kind == OFFSET_INT8)
-        multiply_int8(w, block, tokens, input.quantized, first, totals);
+        multiply_int8(w, block, tokens, input.rounded, first, input.tokens, totals);
     else
         multiply_floats(w, block, tokens, input.x + first * w.columns, totals);
 }
 
-INLINE Quantized quantized_at(void* room, int64_t tokens, const Weight& w) {
-    const int64_t groups = group_count(w);
-    float* scales = static_cast<float*>(room);
-    int32_t* sums = reinterpret_cast<int32_t*>(scales + tokens * groups);
-    return {reinterpret_cast<int8_t*>(sums + tokens * groups), scales, sums};
+INLINE Rounded rounded_at(void* room, int64_t tokens, const Weight& w) {
+    Rounded r{};
+    each_part(w, [&](const Part& part) {
+        r.parts = part.index + 1, r.pieces = part.pieces + ceil_div(part.columns, PIECE_COLUMNS);
+    });
+    r.units = static_cast<float*>(room);
+    r.multiples = r.units + tokens * r.parts;
+    r.starts = reinterpret_cast<int32_t*>(r.multiples + (WIDE_OPERANDS ? 0 : tokens * r.pieces));
+    r.values = reinterpret_cast<ByteOperand*>(r.starts + tokens * r.pieces);
+    return r;
 }
 
 // Make the input of a matrix ready; `room` is for its INT8 form.
 template <class X>
 static Input<X> prepare(const Weight& w, int64_t tokens, const X* x, void* room, Team& team) {
-    Input<X> input{x, {}};
+    Input<X> input{x, tokens, {}};
     if (w.kind != OFFSET_INT8) return input;
-    const Quantized q = input.quantized = quantized_at(room, tokens, w);
-    const int64_t groups = group_count(w);
+    const Rounded r = input.rounded = rounded_at(room, tokens, w);
     team.run(tokens, 1, [&](int64_t t) {
-        for (int64_t g = 0; g < groups; ++g) {
-            int64_t begin, end;
-            group_columns(w, g, begin, end);
-            quantize_group(x + t * w.columns + begin, end - begin, q.values + t * w.columns + begin,
-                           q.scales + t * groups + g, q.sums + t * groups + g);
-        }
+        each_part(w, [&](const Part& part) {
+            const int64_t row = tokens * (part.begin + part.index * ROW_GAP) + t * (part.columns + ROW_GAP);
+            const int64_t piece = t * r.pieces + part.pieces;
+            round_part(x + t * w.columns + part.begin, part.columns, r.values + row,
+                       r.units + t * r.parts + part.index, r.starts + piece, r.multiples + piece);
+        });
     });
     return input;
 }

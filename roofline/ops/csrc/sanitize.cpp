@@ -78,7 +78,7 @@ struct Matrix {
         pack_scales(source_scales.data(), rows, groups, chunks, paired, scales.data());
         weight.values = bytes.data();
         weight.scales = scales.data();
-        if (offset) room.resize(size_t(tokens * (columns / 4 + 2 * groups)));
+        if (offset) room.resize(size_t(tokens * (columns / 2 + 5 * ((columns + 31) / 32 + 1))));
     }
 };
 
@@ -127,7 +127,7 @@ struct Layer {
             }
             query_start[size_t(row + 1)] = int32_t(total);
         }
-        step = {total, all ? total : between(0, total), rows};
+        step = {total, all ? total : between(0, total), rows, 0};
         for (size_t i = 0; i < size_t(step.sampled); ++i) {
             sampled[i] = between(0, total - 1);
             temperature[i] = double(between(0, 3)) / 2;
@@ -181,11 +181,26 @@ void check(int isa) {
     }
 }
 
+// The yardsticks of benchmarks/kernels.py.
+void measure(int isa) {
+    std::vector<float> buffer(1 << 17), sink(64);
+    for (const int64_t op : {READ_MEMORY, DOT_ACTIVATIONS, DOT_INT8})
+        for (const int bfloat16 : {0, 1}) {
+            const int64_t count = op == READ_MEMORY ? int64_t(sizeof(float) * buffer.size()) : 1000;
+            const Measure arguments{buffer.data(), count, sink.data()};
+            Tape tape;
+            tape.add(kernel(isa, bfloat16, op), &arguments, sizeof arguments);
+            Pool pool(int(between(1, 5)));
+            pool.play(tape);
+        }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
     const int rounds = count > 1 ? std::atoi(arguments[1]) : 8;
     for (int isa = 0; supported_backend(isa); ++isa) {
+        measure(isa);
         for (int i = 0; i < rounds; ++i) {
             check<uint16_t>(isa);
             check<float>(isa);
