@@ -231,10 +231,12 @@ INLINE Vec load_some(const X* x, int64_t count) {
     return load(some);
 }
 
-// One group: `count` activations to INT8 values, their scale and their sum.
+constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
+
+// The largest |x|; NaN where one is, for the bits of |x| are in order as integers, NaN above all.
 template <class X>
-INLINE void quantize_group(const X* x, int64_t count, int8_t* values, float* scale, int32_t* sum) {
-    Ints largest_bits = fill_ints(0);  // the bits of |x| are in order as integers, NaN above all
+INLINE float largest_size(const X* x, int64_t count) {
+    Ints largest_bits = fill_ints(0);
     for (int64_t k = 0; k < count; k += LANES)
         largest_bits = largest(largest_bits, size_bits(load_some(x + k, count - k)));
     int32_t lanes[LANES], most_bits = 0;
@@ -242,10 +244,15 @@ INLINE void quantize_group(const X* x, int64_t count, int8_t* values, float* sca
     for (const int32_t bits : lanes) most_bits = bits > most_bits ? bits : most_bits;
     float most;
     std::memcpy(&most, &most_bits, 4);
-    *scale = most < 1.17549435e-38f ? 1.0f : most / 127.0f;
+    return most;
+}
+
+// x / scale to the nearest integers, ties to even; 0 where x is NaN. Their sums, by lane.
+template <class X>
+INLINE Ints to_int8(const X* x, int64_t count, float scale, int8_t* values) {
     Ints total = fill_ints(0);
     for (int64_t k = 0; k < count; k += LANES) {
-        const Ints q = round_to_ints(load_some(x + k, count - k) / fill(*scale));  // a NaN is in the scale
+        const Ints q = round_to_ints(load_some(x + k, count - k) / fill(scale));
         total = total + q;
         if (count - k >= LANES) {
             store_bytes(values + k, q);
@@ -255,7 +262,16 @@ INLINE void quantize_group(const X* x, int64_t count, int8_t* values, float* sca
         store_bytes(some, q);
         std::memcpy(values + k, some, size_t(count - k));
     }
-    store(lanes, total);
+    return total;
+}
+
+// One group: `count` activations to INT8 values, their scale and their sum.
+template <class X>
+INLINE void quantize_group(const X* x, int64_t count, int8_t* values, float* scale, int32_t* sum) {
+    const float most = largest_size(x, count);
+    *scale = most < SMALLEST_NORMAL ? 1.0f : most / 127.0f;
+    int32_t lanes[LANES];
+    store(lanes, to_int8(x, count, *scale, values));  // a NaN is in the scale
     *sum = 0;
     for (const int32_t lane : lanes) *sum += lane;
 }
