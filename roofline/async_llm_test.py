@@ -21,6 +21,7 @@ from tests.tiny_model import CONTEXT, write_tiny_model
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 8}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG_ENOUGH = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
 
@@ -344,7 +345,7 @@ def test_a_prefix_computed_for_one_stream_serves_another(folder: Path, llm: LLM)
 def test_a_lower_priority_number_goes_first(folder: Path, slow_steps: None) -> None:
     async def main() -> None:
         async with AsyncLLM(str(folder), max_num_seqs=1, dtype="float32") as door:
-            first = door.generate("first", LONG)
+            first = door.generate("first", LONG_ENOUGH)
             await anext(first)  # the others wait for its row
             late = asyncio.create_task(last(door.generate("late", GREEDY, priority=2)))
             while door.stats()["num_waiting"] < 1:

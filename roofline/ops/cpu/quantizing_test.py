@@ -1,6 +1,7 @@
 """The native quantiser against its definition in torch: every bit, ISA and kind of weight."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +20,15 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     made.close()
 
 
-def both(pool: Pool, weight: torch.Tensor, group: int) -> list[tuple[bool, list[object]]]:
+def both(pool: Pool, weight: torch.Tensor, group: int) -> list[tuple[bool, Any, Any]]:
     """What the kernel and the definition say and leave."""
-    found = []
+    found = list[tuple[bool, Any, Any]]()
     for quantiser in (lambda *given: quantize(pool, *given), quantize_groups):
         rows, columns = weight.shape
         values = torch.zeros(rows, columns, dtype=torch.int8)
         scales = torch.zeros(rows, -(-columns // group))
         finite = quantiser(weight, group, values, scales)
-        found.append((finite, [values.tolist(), scales.tolist()]))
+        found.append((finite, values.tolist(), scales.tolist()))
     return found
 
 
