@@ -21,6 +21,7 @@ from tests.tiny_model import CONTEXT, write_tiny_model
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 8}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG_ENOUGH = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
 
@@ -40,6 +41,18 @@ def loaded(folder: Path) -> Iterator[AsyncLLM]:
     door = AsyncLLM(str(folder), **OPTIONS)
     yield door
     door.close()
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps so slow that no LONG answer ends by itself, however late this thread is."""
+    step = ModelRunner.run
+
+    def slow_step(*plan: Any) -> Any:
+        time.sleep(0.02)
+        return step(*plan)
+
+    monkeypatch.setattr(ModelRunner, "run", slow_step)
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -176,7 +189,7 @@ def test_a_slow_reader_finds_all_at_once_and_holds_up_nobody(loaded: AsyncLLM) -
     run(main)
 
 
-def test_a_reader_that_raises_ends_its_request(loaded: AsyncLLM) -> None:
+def test_a_reader_that_raises_ends_its_request(loaded: AsyncLLM, slow_steps: None) -> None:
     async def read() -> None:
         async for _ in loaded.generate("abc", LONG):
             raise ZeroDivisionError
@@ -226,16 +239,9 @@ def test_closing_wakes_the_reader_and_later_reads_find_the_end(loaded: AsyncLLM)
 
 
 def test_a_stream_whose_loop_is_gone_ends_though_it_is_remembered(
-    loaded: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+    loaded: AsyncLLM, slow_steps: None
 ) -> None:
     left: list[Any] = []
-    step = ModelRunner.run
-
-    def slow_step(*plan: Any) -> Any:
-        time.sleep(0.01)
-        return step(*plan)
-
-    monkeypatch.setattr(ModelRunner, "run", slow_step)
     before = loaded.stats()["generation_tokens"]
 
     async def leave() -> None:
@@ -244,7 +250,7 @@ def test_a_stream_whose_loop_is_gone_ends_though_it_is_remembered(
 
     run(leave)
     run(lambda: _settle(loaded))  # heard by nobody, it was ended by the engine's own thread
-    assert loaded.stats()["generation_tokens"] - before < 100
+    assert loaded.stats()["generation_tokens"] - before < 200
     del left[:]
 
 
@@ -270,7 +276,7 @@ async def _settle(door: AsyncLLM) -> None:
 
 
 def test_a_failed_step_reaches_every_stream_and_the_next_request_is_right(
-    llm: LLM, loaded: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, loaded: AsyncLLM, monkeypatch: pytest.MonkeyPatch, slow_steps: None
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("the device\nis on fire")
@@ -336,10 +342,10 @@ def test_a_prefix_computed_for_one_stream_serves_another(folder: Path, llm: LLM)
     run(main)
 
 
-def test_a_lower_priority_number_goes_first(folder: Path) -> None:
+def test_a_lower_priority_number_goes_first(folder: Path, slow_steps: None) -> None:
     async def main() -> None:
         async with AsyncLLM(str(folder), max_num_seqs=1, dtype="float32") as door:
-            first = door.generate("first", LONG)
+            first = door.generate("first", LONG_ENOUGH)
             await anext(first)  # the others wait for its row
             late = asyncio.create_task(last(door.generate("late", GREEDY, priority=2)))
             while door.stats()["num_waiting"] < 1:
@@ -387,7 +393,7 @@ def test_a_second_event_loop_is_refused_while_the_first_lives(loaded: AsyncLLM) 
     run(main)
 
 
-def test_closing_ends_streams_with_an_error_and_the_thread(folder: Path) -> None:
+def test_closing_ends_streams_with_an_error_and_the_thread(folder: Path, slow_steps: None) -> None:
     async def main() -> None:
         door = AsyncLLM(str(folder), **OPTIONS)
         streams = [door.generate(f"{i}", LONG) for i in range(12)]
@@ -401,9 +407,9 @@ def test_closing_ends_streams_with_an_error_and_the_thread(folder: Path) -> None
         with pytest.raises(UsageError, match="closed; load the model again"):
             await anext(door.generate("abc", GREEDY))
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     run(main)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_model_never_closed_does_not_keep_the_program_from_ending(folder: Path) -> None:

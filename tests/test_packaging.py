@@ -21,11 +21,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a
 
 
 def build_wheel(folder: Path, **environment: str) -> zipfile.ZipFile:
-    """Build with the tools of this machine, nothing downloaded, and compile without optimising."""
+    """Build from nothing with the tools of this machine, none downloaded, without optimising."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    fresh = {"SKBUILD_BUILD_DIR": str(folder / "build"), "SKBUILD_CMAKE_BUILD_TYPE": "Debug"}
     subprocess.run(
         [*command, "--wheel-dir", str(folder), str(ROOT)],
-        env={**os.environ, "SKBUILD_CMAKE_BUILD_TYPE": "Debug", **environment},
+        env={**os.environ, **fresh, **environment},
         check=True,
         stdout=subprocess.DEVNULL,
     )

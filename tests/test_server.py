@@ -61,7 +61,7 @@ def sdk(url: str) -> Iterator[openai.OpenAI]:
 
 def wait_until_idle(llm: AsyncLLM) -> None:
     """Nothing runs or waits, and no block is held."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         stats = llm.stats()
         if stats["num_running"] == stats["num_waiting"] == stats["num_used_blocks"] == 0:
@@ -247,15 +247,15 @@ def test_who_sends_a_head_without_end_is_left(
 ) -> None:
     monkeypatch.setattr("roofline.server.listening._HEAD_S", 0.5)
     host, port = url.removeprefix("http://").split(":")
+    started = time.monotonic()
     with socket.create_connection((host, int(port)), timeout=10) as sock:
         sock.sendall(before)
         assert not before or sock.recv(65536).startswith(b"HTTP/1.1 200")
-        started = time.monotonic()
         with contextlib.suppress(OSError):  # the server has left
-            for _ in range(100):
+            for _ in range(600):
                 sock.sendall(b"G")
                 time.sleep(0.05)
-        assert 0.3 < time.monotonic() - started < 4
+        assert 0.5 <= time.monotonic() - started < 20
 
 
 NAMES = ["messages", "prompt", "model", "n", "temperature", "top_p", "top_k", "stop", "seed"]
@@ -413,8 +413,10 @@ def test_a_second_signal_does_not_wait(command: "subprocess.Popen[str]") -> None
         next(lines)
         command.send_signal(signal.SIGINT)
         time.sleep(0.3)
-        started = time.monotonic()
         command.send_signal(signal.SIGINT)
-        _, err = command.communicate(timeout=30)
+        rest = []
+        with contextlib.suppress(httpx2.HTTPError):  # the server has left
+            rest.extend(lines)
+        _, err = command.communicate(timeout=60)
     assert command.returncode == 130 and err == "roofline: interrupted\n"
-    assert time.monotonic() - started < 4
+    assert "data: [DONE]" not in rest

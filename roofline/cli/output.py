@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
+if TYPE_CHECKING:  # it takes a while to import, and a single answer shows no bar
+    from rich.progress import Progress
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -13,7 +13,10 @@ def print_json(document: Mapping[str, Any]) -> None:
     print(json.dumps(document))
 
 
-def progress() -> Progress:
+def progress() -> "Progress":
     """A bar on stderr that leaves no trace, and is nothing at all off a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -3,10 +3,12 @@
 How the engine is driven is each door's own.
 """
 
+import contextlib
 import dataclasses
+import gc
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
 from roofline import execution
@@ -18,7 +20,7 @@ from roofline.engine import Engine
 from roofline.errors import RequestError, UsageError, shown
 from roofline.grammars.compiler import GrammarCompiler
 from roofline.models.checkpoints.tensors import tensor_shapes
-from roofline.models.opening import open_model
+from roofline.models.opening import OpenedModel, open_model
 from roofline.request import Request, SamplingParams, child_seed
 from roofline.scheduling.limits import SchedulerConfig
 from roofline.scheduling.scheduler import Scheduler
@@ -54,17 +56,9 @@ class Door:
     def _start(self, model: str, config: EngineConfig) -> None:
         if not isinstance(model, str):
             raise UsageError(f"model is {shown(model)}; it must be a name or a path, as text")
-        opened = open_model(model, config)
+        with _uncollected():
+            opened, config, workers = _load(model, config)
         shape = opened.config
-        try:
-            config, unused = execution.devices.resolve(config)
-            if unused is not None:
-                tell(f"the CPU runs this, not the GPU: {unused}")
-            note = opened.growth(config.weights)
-            with loading_bar("Loading", len(tensor_shapes(shape)), note) as progress:
-                workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
-        finally:
-            opened.checkpoint.close()
         if config.is_on_gpu:
             with warm_up_bar(len(execution.device_runner.WARM_UP_TOKENS)) as advance:
                 workers.warm_up(advance)
@@ -167,6 +161,38 @@ class Door:
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
                 found.append(spaced)
         return found
+
+
+def _load(
+    model: str, config: EngineConfig
+) -> tuple[OpenedModel, EngineConfig, "execution.workers.InProcessWorkers"]:
+    """The model, the config with its device resolved, and the workers that hold its weights."""
+    opened = open_model(model, config)
+    try:
+        config, unused = execution.devices.resolve(config)
+        if unused is not None:
+            tell(f"the CPU runs this, not the GPU: {unused}")
+        note = opened.growth(config.weights)
+        with loading_bar("Loading", len(tensor_shapes(opened.config)), note) as progress:
+            workers = execution.workers.InProcessWorkers(config, opened.checkpoint, progress)
+    finally:
+        opened.checkpoint.close()
+    return opened, config, workers
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No collection of garbage: importing torch makes half a million objects, none of it garbage.
+
+    Each collection would walk all those that are there, 0.3 s in all.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_template_kwargs(variables: object) -> None:

@@ -1,11 +1,13 @@
-"""Bars on stderr: a model that loads, prompts that are answered. What they show is counted here."""
+"""Bars on stderr: a model that loads, prompts that are answered. What they show is counted here.
+
+Rich is imported where somebody may watch: it takes a while, and a pipe shows nothing.
+"""
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from roofline.doors.outputs import RequestOutput
 
@@ -15,6 +17,12 @@ def loading_bar(
     verb: str, num_tensors: int, note: str | None = None
 ) -> Iterator[Callable[[str], None]]:
     """A line if there is one, and a bar advanced by each tensor's name; nothing off a terminal."""
+    if not _may_be_watched():
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     if note is not None:
         tell(note)
@@ -38,6 +46,10 @@ _LONG_S = 3.0
 
 def tell(line: str) -> None:
     """A line for whoever watches; nothing off a terminal."""
+    if not _may_be_watched():
+        return
+    from rich.console import Console
+
     console = Console(stderr=True)
     if console.is_terminal:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -46,6 +58,12 @@ def tell(line: str) -> None:
 @contextlib.contextmanager
 def prompts_bar(num_prompts: int, *, show: bool) -> Iterator[Callable[[RequestOutput], None]]:
     """Advanced by each finished answer: how many, and tokens a second in and out so far."""
+    if not show:
+        yield lambda output: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
     columns = (
         TextColumn("Prompts"),
         BarColumn(),
@@ -63,6 +81,12 @@ def prompts_bar(num_prompts: int, *, show: bool) -> Iterator[Callable[[RequestOu
         elapsed = time.monotonic() - started
         bar.update(task, advance=1, read=read / elapsed, written=written / elapsed)
 
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=num_prompts, read=0.0, written=0.0)
         yield advance
+
+
+def _may_be_watched() -> bool:
+    """Whether rich, which has the last word, could take stderr for a terminal."""
+    told = any(name in os.environ for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "JPY_PARENT_PID"))
+    return told or (sys.stderr is not None and sys.stderr.isatty())

@@ -15,6 +15,7 @@ from roofline.execution.workers import InProcessWorkers
 from roofline.models.checkpoints.dummy import DummyCheckpoint
 from roofline.scheduling.plan import ON_DEVICE, RowStart, StepPlan, StepResult
 from tests.native_library import open_native
+from tests.threads import have_ended, thread_ids
 
 MODEL = ModelConfig(
     hidden_size=64,
@@ -136,27 +137,24 @@ def quiet() -> Iterator[None]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_closed_engine_leaves_no_thread_and_no_mapping(quiet: None) -> None:
-    def cycle() -> tuple[int, int, list[str]]:
-        """A run from start to end; then threads, mapped bytes and mapped files."""
+    def cycle() -> tuple[int, list[str]]:
+        """A run from start to end; then mapped bytes and mapped files."""
+        before = thread_ids()
         driver = Driver(
             threads=3, max_num_seqs=1024, max_num_batched_tokens=1024, max_model_len=512
         )
-        assert num_threads() == before + 2
+        own = thread_ids() - before
+        assert len(own) == 2
         assert driver.group.storage_bytes()["kv"] > 64 << 20
         driver.step(5, 0, 0, 0)
         driver.group.close()
-        return num_threads(), mapped_bytes(), mapped_files()
+        assert have_ended(own)
+        return mapped_bytes(), mapped_files()
 
-    before = num_threads()
     first, *others = (cycle() for _ in range(4))  # the first leaves the library, and free lists
-    assert first[0] == before
     for other in others:
-        assert other[0] == before and other[2] == first[2]
-        assert other[1] <= first[1] + (8 << 20), "the pool or a stack is still mapped"
-
-
-def num_threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+        assert other[1] == first[1]
+        assert other[0] <= first[0] + (8 << 20), "the pool or a stack is still mapped"
 
 
 def mapped_bytes() -> int:

@@ -1,5 +1,6 @@
 """The workers that run plans: loading a model onto a rank, and the group that is this process."""
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from roofline.ops import KvCache, Ops, backends
 from roofline.ops.cpu.huge_pages import collapse
 from roofline.ops.cuda import Graphs, Uploader, free_bytes, give_up_unused, on
 from roofline.parallel.mesh import Mesh
+from roofline.quantization.int8_groups import quantize_groups
 from roofline.scheduling.plan import StepPlan, StepResult
 
 
@@ -54,10 +56,14 @@ class InProcessWorkers:
         if config.is_on_gpu and isinstance(checkpoint, DummyCheckpoint):
             checkpoint = checkpoint.made_of(DeviceArrays(device))
         with on(device):
-            source = Source(checkpoint, progress, backend.pack, device, Uploader(device))
+            quantize = backend.quantize or quantize_groups
+            source = Source(checkpoint, progress, backend.pack, device, Uploader(device), quantize)
             decoder = Decoder(model, budget.model, mesh, source)
-            if backend.pool is not None:
-                collapse(decoder.tensors().values())
+            self._collapsing: threading.Thread | None = None
+            if backend.pool is not None:  # while the first prompt comes in
+                weights = list(decoder.tensors().values())
+                self._collapsing = threading.Thread(target=collapse, args=(weights,))
+                self._collapsing.start()
             give_up_unused(device)  # what loading took on its way
             cache = kv_cache.allocate(
                 model, config.kv_dtype, mesh.rank, budget.num_blocks, budget.step.block_size, device
@@ -116,6 +122,8 @@ class InProcessWorkers:
     def close(self) -> None:
         """Drop weights, pool and buffers; closing again does nothing."""
         self._loaded = None
+        if self._collapsing is not None:
+            self._collapsing.join()
         self.backend.close()
         give_up_unused(self._device)
 

@@ -23,9 +23,9 @@ from roofline.budget import (
 from roofline.config import ModelConfig
 from roofline.models.checkpoints import Checkpoint
 from roofline.models.checkpoints.reading import Upload, as_it_is, float_vector, int8_rows
-from roofline.ops import FloatWeight, Int8Weight, Pack, Weight, keep
+from roofline.ops import FloatWeight, Int8Weight, Pack, Quantize, Weight, keep
 from roofline.ops.reference import dequantize
-from roofline.quantization.int8_groups import cut_columns
+from roofline.quantization.int8_groups import cut_columns, quantize_groups
 
 Progress = Callable[[str], None]  # told the name of each tensor loaded
 
@@ -39,6 +39,7 @@ class Source:
     pack: Pack = keep
     device: torch.device | None = None  # where weights go; None: they stay on the host
     upload: Upload = as_it_is  # to that device
+    quantize: Quantize = quantize_groups
 
     def vector(self, name: str, rows: range | None = None) -> Tensor:
         """An RMSNorm weight or some rows of a bias, [n] float32."""
@@ -54,7 +55,7 @@ class Source:
             values = torch.as_tensor(self.checkpoint.read(name))
             out.values.copy_(self.upload(values[picked, columns.start : columns.stop]))
             return
-        whole = int8_rows(self.checkpoint, name, out.group, picked, self.upload)
+        whole = int8_rows(self.checkpoint, name, out.group, picked, self.upload, self.quantize)
         weight = cut_columns(whole, columns)
         out.values.copy_(weight.values)
         out.scales.copy_(weight.scales)

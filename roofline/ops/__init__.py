@@ -64,6 +64,11 @@ def keep(weight: Int8Weight | FloatWeight, paired: bool) -> Weight:
     return weight
 
 
+# Quantises weights [N, K] in groups to values [N, K] int8 and scales [N, ceil(K / group)], as
+# quantization/int8_groups.py defines; False where one is NaN or infinite.
+Quantize = Callable[[Tensor, int, Tensor, Tensor], bool]
+
+
 @dataclass(frozen=True)
 class KvCache:
     """Keys and values of every token in blocks; in INT8 or FP8 with a scale a token and head."""

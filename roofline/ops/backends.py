@@ -11,10 +11,11 @@ from torch import Tensor
 from roofline.budget import ModelPlan, is_quantized, usable_cores
 from roofline.config import EngineConfig, ModelConfig
 from roofline.errors import UsageError
-from roofline.ops import FloatWeight, Int8Weight, Ops, Pack, Weight, keep
+from roofline.ops import FloatWeight, Int8Weight, Ops, Pack, Quantize, Weight, keep
 from roofline.ops.cpu.library import Library, open_library
 from roofline.ops.cpu.native import MAX_HEAD_DIM, MAX_QUERIES, NativeOps, Pool
 from roofline.ops.cpu.packing import LANES, can_pack, pack
+from roofline.ops.cpu.quantizing import quantize
 from roofline.ops.reference import ReferenceOps
 
 Arena = Mapping[str, Tensor]
@@ -27,6 +28,7 @@ class Backend:
     name: str  # `reference`, the native ISA, or `gpu`
     reason: str | None  # why the reference stands in, if nobody asked for it
     pack: Pack
+    quantize: Quantize | None  # None: torch does
     pool: Pool | None  # of the native kernels
     ops: Callable[[torch.dtype, Arena], Ops]  # working in the arena's `scratch` and `step`
 
@@ -52,7 +54,10 @@ def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend
     if isinstance(library, Library) and reason is None:
         pool = Pool(library, config.threads or usable_cores())
         packed = partial(_pack, library, int8_activations)
-        return Backend(library.isa_name, None, packed, pool, partial(_native_ops, pool))
+        return Backend(
+            *(library.isa_name, None, packed, partial(quantize, pool)),
+            *(pool, partial(_native_ops, pool)),
+        )
     if config.cpu_isa != "auto":
         raise UsageError(f"cpu_isa {config.cpu_isa} cannot be used: {reason}")
     return _reference(reason, int8_activations)
@@ -79,7 +84,7 @@ def _reference(reason: str | None, int8_activations: bool) -> Backend:
         scratch = arena["scratch"]
         return ReferenceOps(dtype, scratch, int8_activations=int8_activations, stretches=True)
 
-    return Backend("reference", reason, keep, None, ops)
+    return Backend("reference", reason, keep, None, None, ops)
 
 
 def _native_ops(pool: Pool, dtype: torch.dtype, arena: Arena) -> Ops:
@@ -125,7 +130,7 @@ def _gpu(config: EngineConfig, model: ModelConfig) -> Backend:
             made.compile_ahead(1 if config.activations == "int8" else 2, shapes, kept)
         return made
 
-    return Backend("gpu", None, pack, None, ops)
+    return Backend("gpu", None, pack, None, None, ops)
 
 
 def _open(config: EngineConfig) -> Library | str:

@@ -17,6 +17,7 @@ from roofline.ops.cpu import library
 from roofline.ops.cpu.native import NativeOps, Pool
 from roofline.ops.reference import ReferenceOps
 from tests.native_library import open_native
+from tests.threads import have_ended, thread_ids
 
 MODEL = ModelConfig(
     hidden_size=64,
@@ -131,22 +132,19 @@ def little_address_space() -> Iterator[None]:
 def test_threads_that_the_system_refuses_are_a_clear_error_and_leave_none_behind(
     little_address_space: None,
 ) -> None:
-    opened, before = open_native(), num_threads()
+    opened, before = open_native(), thread_ids()
     with pytest.raises(CapacityError, match="cannot start 1000 threads; lower --threads"):
         Pool(opened, 1000)
-    assert num_threads() == before
+    assert have_ended(thread_ids() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_closed_backend_has_no_threads() -> None:
     open_native()
-    before = num_threads()
+    before = thread_ids()
     backend = choose(threads=4)
-    assert num_threads() == before + 3
+    own = thread_ids() - before
+    assert len(own) == 3
     backend.close()
     backend.close()
-    assert num_threads() == before
-
-
-def num_threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+    assert have_ended(own)

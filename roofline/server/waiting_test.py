@@ -66,7 +66,7 @@ def test_every_prompt_is_heard_to_its_end() -> None:
 
 def test_nothing_for_a_while_is_told() -> None:
     async def main() -> None:
-        news = [each async for each in merged(Scripted("a", every_s=0.05), pulse_s=0.01)]
+        news = [each async for each in merged(Scripted("a", every_s=0.5), pulse_s=0.01)]
         assert [] in news and [(0, "a")] in news
 
     run(main)

@@ -212,12 +212,12 @@ def test_any_value_of_any_key_is_taken_or_refused_never_a_crash(
         assert error.message.startswith("model.gguf: ")
 
 
-def test_the_real_vocabulary_is_built_in_half_a_second(smollm2_path: Path) -> None:
+def test_the_real_vocabulary_is_built_in_two_seconds(smollm2_path: Path) -> None:
     with GGUFFile(smollm2_path) as file:
         metadata = file.metadata
     start = time.thread_time()
     vocabulary = vocabulary_from_gguf(metadata, smollm2_path.name)
-    assert time.thread_time() - start < 0.5
+    assert time.thread_time() - start < 2
     assert vocabulary.size == 49_152
     assert vocabulary.eos_token_ids == (2,)
 

@@ -86,9 +86,9 @@ def test_no_short_pattern_that_is_taken_takes_long(pattern: str, text: str) -> N
             cut = pre_tokenizers.Split(Regex(pattern), "isolated")
         except Exception:  # its own; it has none of a narrower class
             return
-        start = time.process_time()
+        start = time.thread_time()
         words = cut.pre_tokenize_str(text)
-        assert time.process_time() - start < 0.5
+        assert time.thread_time() - start < 0.5
         assert "".join(word for word, _ in words) == text
 
 
@@ -98,9 +98,9 @@ def test_no_short_pattern_that_is_taken_takes_long(pattern: str, text: str) -> N
     ids=range(5),
 )
 def test_a_huge_pattern_is_read_in_no_time(pattern: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     runaway_step(None, split(pattern))
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_the_library_does_take_long_for_what_is_refused() -> None:

@@ -213,10 +213,10 @@ def test_text_of_split_characters_streams_without_a_broken_one(
 def test_the_work_is_linear_even_in_text_that_is_nearly_a_stop_string() -> None:
     def seconds(n: int) -> float:
         stream = TextStream(SMALL, stop=["a" * 500 + "b"])
-        start = time.process_time()
+        start = time.thread_time()
         for _ in range(n):
             stream.push([ord("a")])
-        return time.process_time() - start
+        return time.thread_time() - start
 
     seconds(1_000)
     assert seconds(40_000) < 4 * 2.5 * max(seconds(10_000), 1e-3)

@@ -351,10 +351,16 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
 def test_a_sparse_file_of_a_terabyte_that_lies_costs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "huge.bin"
     path.write_bytes(struct.pack("<8i", 1 << 20, 1 << 22, 4096, 4096, 4096, 1 << 24, 1 << 27, 64))
-    start = time.thread_time()
-    assert "its header makes that" in refusal(path).message
-    of_32_bytes = time.thread_time() - start
+
+    def seconds() -> float:
+        """Of the processor, at best."""
+        found = []
+        for _ in range(3):
+            start = time.thread_time()
+            assert "its header makes that" in refusal(path).message
+            found.append(time.thread_time() - start)
+        return min(found)
+
+    of_32_bytes = seconds()
     os.truncate(path, 1 << 40)
-    start = time.thread_time()
-    assert "its header makes that" in refusal(path).message
-    assert time.thread_time() - start < 5 * of_32_bytes
+    assert seconds() < 5 * of_32_bytes

@@ -13,8 +13,8 @@ from roofline.budget import GATE_UP, QKV, NativeGroups, Rank, layer_tensor, plan
 from roofline.config import ModelConfig, WeightFormat
 from roofline.errors import CheckpointError
 from roofline.models.checkpoints import Checkpoint
-from roofline.ops import Int8Weight
-from roofline.quantization.int8_groups import quantize
+from roofline.ops import Int8Weight, Quantize
+from roofline.quantization.int8_groups import quantize, quantize_groups
 
 _PIECES = (QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",))  # of LayerPlan.matrices()
 
@@ -41,7 +41,12 @@ def tensor_groups(
 
 
 def int8_rows(
-    checkpoint: Checkpoint, name: str, group: int, rows: slice, upload: Upload = as_it_is
+    checkpoint: Checkpoint,
+    name: str,
+    group: int,
+    rows: slice,
+    upload: Upload = as_it_is,
+    quantize_slab: Quantize = quantize_groups,
 ) -> Int8Weight:
     """Some rows of a matrix in groups of `group`: the file's own if it has them, else quantised.
 
@@ -50,7 +55,8 @@ def int8_rows(
     if checkpoint.native_groups.get(name) == group:
         values, scales = map(torch.as_tensor, checkpoint.read_int8(name))
         return Int8Weight(upload(values[rows]), upload(scales[rows]), group, 0)
-    return quantize(upload(torch.as_tensor(checkpoint.read(name))[rows]), group, name)
+    floats = upload(torch.as_tensor(checkpoint.read(name))[rows])
+    return quantize(floats, group, name, quantize_slab)
 
 
 def float_vector(checkpoint: Checkpoint, name: str, rows: slice) -> Tensor:

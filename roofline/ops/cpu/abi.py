@@ -9,6 +9,7 @@ VERSION = 8
 EMBED, NORM_QKV_ROPE_STORE, ATTENTION, LINEAR, NORM_GATE_UP_SWIGLU, NORM_HEAD = range(6)
 TRUNCATE, CHOOSE = range(6, 8)
 READ_MEMORY, DOT_ACTIVATIONS, DOT_INT8 = range(8, 11)  # for benchmarks
+QUANTIZE = 11  # at load
 INT8, BFLOAT16, FLOAT32, OFFSET_INT8 = range(4)
 
 _Field = tuple[str, Any]
@@ -117,6 +118,14 @@ class Measure(Structure):
     ]
 
 
+class Quantize(Structure):
+    """Weights to INT8 groups."""
+
+    _fields_: ClassVar[list[_Field]] = _fields(
+        "weights values scales broken", **_numbers("rows columns stride group")
+    )
+
+
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # name -> what it returns, what it takes
     "roofline_abi_version": (ctypes.c_int, []),
     "roofline_isa": (ctypes.c_char_p, [ctypes.c_int]),
@@ -131,7 +140,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # name -> what it returns, wha
     ),
     "roofline_tape_play": (None, [c_void_p, c_void_p]),
     "roofline_pack": (
-        None,
+        ctypes.c_int,
         [c_void_p, c_void_p, *[c_int64] * 5, ctypes.c_int, ctypes.c_int, c_void_p, c_void_p],
     ),
 }

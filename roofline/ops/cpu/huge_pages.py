@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -24,6 +24,23 @@ def collapse(tensors: Iterable[Tensor]) -> int:
         places.update(range(first // HUGE_BYTES, -(-(first + size) // HUGE_BYTES)))
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def taken(pages: range) -> bool:
+        size = len(pages) * HUGE_BYTES
+        return madvise(pages.start * HUGE_BYTES, size, _MADV_COLLAPSE) == 0
+
+    # A run at a time, each call costs the kernel a look at every processor; by the page where part
+    # of a run is refused.
     return sum(
-        madvise(place * HUGE_BYTES, HUGE_BYTES, _MADV_COLLAPSE) == 0 for place in sorted(places)
+        len(run) if taken(run) else sum(taken(range(page, page + 1)) for page in run)
+        for run in _runs(sorted(places))
     )
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[range]:
+    """Ascending numbers as ranges without gaps."""
+    start = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield range(numbers[start], numbers[end - 1] + 1)
+            start = end

@@ -36,18 +36,11 @@ def pack(
     if kind == abi.INT8 and int8_activations:
         kind = abi.OFFSET_INT8
     chunks = _block_chunks(padded_rows(rows) // LANES, paired)
-    library.functions.roofline_pack(
+    extremes = library.functions.roofline_pack(
         *(source.data_ptr(), address(source_scales), rows, columns, groups),
-        *(
-            source.element_size(),
-            chunks,
-            paired,
-            kind == abi.OFFSET_INT8,
-            values.data_ptr(),
-            address(scales),
-        ),
+        *(source.element_size(), chunks, paired, kind == abi.OFFSET_INT8),
+        *(values.data_ptr(), address(scales)),
     )
-    extremes = source.dtype == torch.int8 and bool((source == -128).any())
     layout = abi.Weight(
         *(values.data_ptr(), address(scales), rows, columns, group, offset),
         *(kind, chunks, extremes),

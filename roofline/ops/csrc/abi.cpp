@@ -47,9 +47,10 @@ EXPORT void roofline_tape_play(void* pool, const void* tape) {
     static_cast<Pool*>(pool)->play(*static_cast<const Tape*>(tape));
 }
 
-EXPORT void roofline_pack(const void* values, const float* scales, int64_t rows, int64_t columns,
-                          int64_t groups, int64_t item_bytes, int64_t chunks, int paired,
-                          int offset, void* packed_values, float* packed_scales) {
-    pack_values(values, rows, columns, item_bytes, chunks, paired != 0, offset != 0, packed_values);
+// Whether INT8 values hold a -128.
+EXPORT int roofline_pack(const void* values, const float* scales, int64_t rows, int64_t columns,
+                         int64_t groups, int64_t item_bytes, int64_t chunks, int paired, int offset,
+                         void* packed_values, float* packed_scales) {
     if (scales) pack_scales(scales, rows, groups, chunks, paired != 0, packed_scales);
+    return pack_values(values, rows, columns, item_bytes, chunks, paired != 0, offset != 0, packed_values);
 }

@@ -138,6 +138,15 @@ struct Measure {
     float* sink;  // [64]
 };
 
+// Weights [rows, columns], rows `stride` items apart, to INT8 groups.
+struct Quantize {
+    const void* weights;
+    int8_t* values;   // [rows, columns]
+    float* scales;    // [rows, ceil(columns / group)]
+    int64_t* broken;  // set to 1 where a weight is NaN or infinite
+    int64_t rows, columns, stride, group;
+};
+
 enum Op : int64_t {
     EMBED,
     NORM_QKV_ROPE_STORE,
@@ -150,6 +159,7 @@ enum Op : int64_t {
     READ_MEMORY,
     DOT_ACTIVATIONS,  // of the activation dtype
     DOT_INT8,
+    QUANTIZE,  // weights of the activation dtype, at load
     OPS
 };
 

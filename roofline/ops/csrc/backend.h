@@ -3,6 +3,7 @@
 
 #include "ops.h"
 #include "peaks.h"
+#include "quantize.h"
 #include "sampling.h"
 #include "truncation.h"
 
@@ -22,6 +23,7 @@ static void fill_table(Kernel* table) {
     table[READ_MEMORY] = read_memory;
     table[DOT_ACTIVATIONS] = dot_floats<X>;
     table[DOT_INT8] = dot_int8;
+    table[QUANTIZE] = quantize<X>;
 }
 
 static Backend make_backend(const char* name) {

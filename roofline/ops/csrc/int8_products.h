@@ -22,6 +22,9 @@ INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 INLINE Ints largest(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
 INLINE Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE void store(int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
+INLINE void store_bytes(int8_t* p, Ints a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
 INLINE int32_t largest_lane(Ints a) { return _mm512_reduce_max_epi32(a.v); }
 INLINE Ints size_bits(Vec a) {
     return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
@@ -45,6 +48,11 @@ INLINE void store(int32_t* p, Ints a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
 }
+INLINE void store_bytes(int8_t* p, Ints a) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
 INLINE int32_t largest_lane(Ints a) {
     const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
     __m128i most = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
@@ -63,44 +71,45 @@ INLINE __m256i round_to_ints(__m256 a) {
 INLINE Ints round_to_ints(Vec a) { return {round_to_ints(a.lo), round_to_ints(a.hi)}; }
 #else
 struct Ints {
-    int32_t v[LANES];
+    FourInts v[4];
 };
 INLINE Ints fill_ints(int32_t x) {
-    Ints a;
-    for (int32_t& lane : a.v) lane = x;
-    return a;
+    const FourInts four = {x, x, x, x};
+    return {{four, four, four, four}};
 }
 INLINE Ints operator+(Ints a, Ints b) {
-    for (int t = 0; t < LANES; ++t) a.v[t] += b.v[t];
+    for (int j = 0; j < 4; ++j) a.v[j] += b.v[j];
     return a;
 }
 INLINE Ints largest(Ints a, Ints b) {
-    for (int t = 0; t < LANES; ++t) a.v[t] = a.v[t] > b.v[t] ? a.v[t] : b.v[t];
+    for (int j = 0; j < 4; ++j) a.v[j] = a.v[j] > b.v[j] ? a.v[j] : b.v[j];
     return a;
 }
 INLINE Vec to_floats(Ints a) {
     Vec b;
-    for (int t = 0; t < LANES; ++t) b.v[t] = float(a.v[t]);
+    for (int j = 0; j < 4; ++j) b.v[j] = __builtin_convertvector(a.v[j], Four);
     return b;
 }
-INLINE void store(int32_t* p, Ints a) { std::memcpy(p, a.v, sizeof a.v); }
+INLINE void store(int32_t* p, Ints a) {
+    for (int j = 0; j < 4; ++j) std::memcpy(p + 4 * j, &a.v[j], 16);
+}
+INLINE void store_bytes(int8_t* p, Ints a) {
+    for (int t = 0; t < LANES; ++t) p[t] = int8_t(a.v[t / 4][t % 4]);
+}
 INLINE int32_t largest_lane(Ints a) {
-    int32_t most = a.v[0];
-    for (const int32_t lane : a.v) most = most > lane ? most : lane;
+    int32_t most = a.v[0][0];
+    for (int t = 1; t < LANES; ++t) most = most > a.v[t / 4][t % 4] ? most : a.v[t / 4][t % 4];
     return most;
 }
 INLINE Ints size_bits(Vec a) {
     Ints b;
-    std::memcpy(b.v, a.v, sizeof b.v);
-    for (int32_t& lane : b.v) lane &= 0x7fffffff;
+    for (int j = 0; j < 4; ++j) b.v[j] = FourInts(a.v[j]) & 0x7fffffff;
     return b;
 }
 INLINE Ints round_to_ints(Vec a) {  // up to 2^22: in floats about 1.5 * 2^23 the last bit is 1
     Ints b;
-    Vec c = a;
-    for (float& lane : c.v) lane += 12582912.0f;
-    std::memcpy(b.v, c.v, sizeof b.v);
-    for (int t = 0; t < LANES; ++t) b.v[t] = a.v[t] == a.v[t] ? b.v[t] - 0x4b400000 : 0;
+    for (int j = 0; j < 4; ++j)
+        b.v[j] = (FourInts(a.v[j] + 12582912.0f) - 0x4b400000) & (a.v[j] == a.v[j]);
     return b;
 }
 #endif
@@ -117,10 +126,10 @@ INLINE void store_part(char* p, Ints part) { store(reinterpret_cast<int32_t*>(p)
 #else
 INLINE Ints load_part(const char* p) {
     Ints a;
-    std::memcpy(a.v, p, sizeof a.v);
+    for (int j = 0; j < 4; ++j) std::memcpy(&a.v[j], p + 16 * j, 16);
     return a;
 }
-INLINE void store_part(char* p, Ints part) { std::memcpy(p, part.v, sizeof part.v); }
+INLINE void store_part(char* p, Ints part) { store(reinterpret_cast<int32_t*>(p), part); }
 #endif
 
 #if defined(__AVX512VNNI__)
@@ -180,17 +189,16 @@ INLINE Ints dot_part(Ints sum, Ints weights, const ByteOperand* x) {
 using ByteOperand = int16_t;  // as above
 constexpr int QUAD_PARTS = 2;
 INLINE void store_operands(ByteOperand* p, Ints a) {
-    for (int t = 0; t < LANES; ++t) p[t] = int16_t(a.v[t / 4 * 4 + t % 2 * 2 + t % 4 / 2]);
+    for (int t = 0; t < LANES; ++t) p[t] = int16_t(a.v[t / 4][t % 2 * 2 + t % 4 / 2]);
 }
 INLINE Ints byte_part(const char* quad, int i) {  // two columns of a row in one lane
-    Ints a;
-    for (int t = 0; t < LANES; ++t)
-        a.v[t] = int32_t(uint8_t(quad[4 * t + i])) | int32_t(uint8_t(quad[4 * t + i + 2])) << 16;
+    Ints a = load_part(quad);
+    for (int j = 0; j < 4; ++j) a.v[j] = (a.v[j] >> 8 * i) & 0xff00ff;
     return a;
 }
 INLINE Ints dot_part(Ints sum, Ints weights, const ByteOperand* x) {
-    for (int t = 0; t < LANES; ++t)
-        sum.v[t] += (weights.v[t] & 0xff) * x[0] + (weights.v[t] >> 16) * x[1];
+    for (int j = 0; j < 4; ++j)
+        sum.v[j] += (weights.v[j] & 0xff) * x[0] + (weights.v[j] >> 16) * x[1];
     return sum;
 }
 #endif

@@ -264,12 +264,12 @@ static void multiply_floats(const Weight& w, const Block& block, int tokens, con
         for (int c = 0; c < height; c += most, quads += most * bytes) {
             const int chunks = height - c < most ? height - c : most;
             if (tokens <= DIRECT_TOKENS && w.kind == INT8 && !extremes) {
-                run(DirectInt8<X>{}, quads, height * bytes, c, chunks);
+                run(DirectInt8<Operand>{}, quads, height * bytes, c, chunks);
             } else if (tokens <= DIRECT_TOKENS) {
-                run(Direct<X>{w.kind, extremes}, quads, height * bytes, c, chunks);
+                run(Direct<Operand>{w.kind, extremes}, quads, height * bytes, c, chunks);
             } else {
                 widen_panel<X>(w, part, quads, height, chunks, panel);
-                run(Widened<X>{}, reinterpret_cast<const char*>(panel),
+                run(Widened<Operand>{}, reinterpret_cast<const char*>(panel),
                     int64_t(sizeof(typename P::Item)) * 4 * chunks * LANES, c, chunks);
             }
         }

@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <cstdint>
 #include <cstring>
 
 namespace roofline {
@@ -25,7 +26,7 @@ void each_chunk(int64_t rows, int64_t chunks, Visit visit) {
 
 template <class Item>
 void pack_items(const Item* values, int64_t rows, int64_t columns, int64_t chunks, bool paired,
-                Item* packed, Item flip = 0) {
+                Item* packed) {
     const int64_t padded = (columns + 3) / 4 * 4;
     each_chunk(rows, chunks, [&](int64_t chunk, int64_t height, int64_t place, int64_t first) {
         Item* block = packed + first * LANES * padded;
@@ -35,30 +36,57 @@ void pack_items(const Item* values, int64_t rows, int64_t columns, int64_t chunk
             for (int64_t k = 0; k < padded; ++k) {
                 Item* quad = block + (k / 4 * height + place) * 4 * LANES;
                 const int64_t i = k % 4;
-                // [16][4] for INT8, [2][16][2] for bfloat16, [4][16] for float32
-                const int64_t at = sizeof(Item) == 1   ? 4 * lane + i
-                                   : sizeof(Item) == 2 ? i / 2 * 32 + 2 * lane + i % 2
-                                                       : i * LANES + lane;
+                // [2][16][2] for bfloat16, [4][16] for float32
+                const int64_t at = sizeof(Item) == 2 ? i / 2 * 32 + 2 * lane + i % 2 : i * LANES + lane;
                 quad[at] = row < rows && k < columns ? from[k] : Item(0);
-                if constexpr (sizeof(Item) == 1) quad[at] ^= flip;
             }
         }
     });
 }
 
+// INT8, [16][4]: four columns are a word. A cache line of a row at a time, so that rows which lie a
+// power of two apart do not push each other out of the cache. Whether -128 is among them.
+bool pack_bytes(const int8_t* values, int64_t rows, int64_t columns, int64_t chunks, bool paired,
+                bool offset, int8_t* packed) {
+    constexpr int64_t LINE = 64;
+    constexpr uint32_t TOPS = 0x80808080u, ONES = 0x01010101u;
+    const int64_t padded = (columns + 3) / 4 * 4;
+    const uint32_t flip = offset ? TOPS : 0;
+    uint32_t extremes = 0;
+    each_chunk(rows, chunks, [&](int64_t chunk, int64_t height, int64_t place, int64_t first) {
+        int8_t* to = packed + first * LANES * padded + place * 4 * LANES;
+        for (int64_t begin = 0; begin < columns; begin += LINE)
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                const int64_t row = source_row(chunk, lane, rows, paired);
+                for (int64_t k = begin; k < begin + LINE && k < columns; k += 4) {
+                    uint32_t quad = 0;
+                    const int64_t left = columns - k;
+                    if (row < rows && left >= 4) std::memcpy(&quad, values + row * columns + k, 4);
+                    else if (row < rows) std::memcpy(&quad, values + row * columns + k, size_t(left));
+                    const uint32_t raised = quad ^ TOPS;  // a byte is 0 where it was -128
+                    extremes |= (raised - ONES) & ~raised & TOPS;
+                    quad ^= flip;
+                    std::memcpy(to + k * height * LANES + 4 * lane, &quad, 4);
+                }
+            }
+    });
+    return extremes != 0;
+}
+
 }  // namespace
 
-void pack_values(const void* values, int64_t rows, int64_t columns, int64_t item_bytes,
+bool pack_values(const void* values, int64_t rows, int64_t columns, int64_t item_bytes,
                  int64_t chunks, bool paired, bool offset, void* packed) {
     if (item_bytes == 1)
-        pack_items(static_cast<const int8_t*>(values), rows, columns, chunks, paired,
-                   static_cast<int8_t*>(packed), offset ? int8_t(-128) : int8_t(0));
-    else if (item_bytes == 2)
+        return pack_bytes(static_cast<const int8_t*>(values), rows, columns, chunks, paired, offset,
+                          static_cast<int8_t*>(packed));
+    if (item_bytes == 2)
         pack_items(static_cast<const uint16_t*>(values), rows, columns, chunks, paired,
                    static_cast<uint16_t*>(packed));
     else
         pack_items(static_cast<const float*>(values), rows, columns, chunks, paired,
                    static_cast<float*>(packed));
+    return false;
 }
 
 void pack_scales(const float* scales, int64_t rows, int64_t groups, int64_t chunks, bool paired,

@@ -109,6 +109,10 @@ struct Layer {
     std::vector<float> logits = noise<float>(tokens * vocabulary);
     std::vector<X> keys = noise<X>(pool), values = keys, query = noise<X>(tokens * heads * dim), attended = query;
     std::vector<X> normed = noise<X>(tokens * hidden), activated = noise<X>(tokens * channels);
+    const int64_t group = one_of<int64_t>({1, 32, 128, 1000});
+    std::vector<int8_t> quantized = std::vector<int8_t>(size_t(tokens * hidden));
+    std::vector<float> quantized_scales = std::vector<float>(size_t(tokens * ((hidden + group - 1) / group)));
+    int64_t broken = 0;
 
     // Some tokens for some rows, the others empty, or as many as there may be; a row's blocks lie one
     // after the other.
@@ -163,6 +167,8 @@ struct Layer {
                                 table.weight, normed.data(), table.room.data(), logits.data(), vocabulary});
         add(TRUNCATE, Truncate{&step, logits.data(), vocabulary, vocabulary, min_p.data(), top_k.data(),
                                top_p.data()});
+        add(QUANTIZE, Quantize{normed.data(), quantized.data(), quantized_scales.data(), &broken, tokens,
+                               hidden, hidden, group});
         add(CHOOSE, Choose{&step, logits.data(), vocabulary, vocabulary, temperature.data(), seeds.data(),
                            positions.data(), chosen.data()});
     }

@@ -4,11 +4,14 @@
 // that `fma` is fused where the machine can. Sums over lanes have one fixed order.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -159,69 +162,113 @@ INLINE Vec bf16_column(const uint16_t* p, int i) {
     return {bf16_column(_mm256_loadu_si256(pairs), i), bf16_column(_mm256_loadu_si256(pairs + 1), i)};
 }
 
-#else  // portable: plain loops, which a compiler turns into what the machine has
+#else  // portable: the compiler's own vectors of four, which become what the machine has
+
+static_assert(std::endian::native == std::endian::little, "packed weights are read as words");
+
+using Four = float __attribute__((vector_size(16)));
+using FourInts = int32_t __attribute__((vector_size(16)));
+using FourWords = uint32_t __attribute__((vector_size(16)));
+using FourHalves = uint16_t __attribute__((vector_size(8)));
 
 struct Vec {
-    float v[LANES];
+    Four v[4];
 };
-#define RL_EACH(name, expression)                               \
-    INLINE Vec name(Vec a, Vec b) {                             \
-        Vec c;                                                  \
-        for (int t = 0; t < LANES; ++t) c.v[t] = (expression);  \
-        return c;                                               \
+#define RL_EACH(name, expression)                           \
+    INLINE Vec name(Vec a, Vec b) {                         \
+        Vec c;                                              \
+        for (int j = 0; j < 4; ++j) c.v[j] = (expression);  \
+        return c;                                           \
     }
-RL_EACH(operator+, a.v[t] + b.v[t])
-RL_EACH(operator-, a.v[t] - b.v[t])
-RL_EACH(operator*, a.v[t] * b.v[t])
-RL_EACH(operator/, a.v[t] / b.v[t])
-RL_EACH(largest, a.v[t] > b.v[t] ? a.v[t] : b.v[t])
-RL_EACH(smallest, a.v[t] < b.v[t] ? a.v[t] : b.v[t])
-RL_EACH(times_power_of_two, b.v[t] == b.v[t] ? std::ldexp(a.v[t], int(b.v[t])) : b.v[t])
+RL_EACH(operator+, a.v[j] + b.v[j])
+RL_EACH(operator-, a.v[j] - b.v[j])
+RL_EACH(operator*, a.v[j] * b.v[j])
+RL_EACH(operator/, a.v[j] / b.v[j])
+RL_EACH(largest, a.v[j] > b.v[j] ? a.v[j] : b.v[j])
+RL_EACH(smallest, a.v[j] < b.v[j] ? a.v[j] : b.v[j])
 #undef RL_EACH
 INLINE Vec load(const float* p) {
     Vec a;
-    std::memcpy(a.v, p, sizeof a.v);
+    for (int j = 0; j < 4; ++j) std::memcpy(&a.v[j], p + 4 * j, 16);
     return a;
 }
-INLINE void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
+INLINE void store(float* p, Vec a) {
+    for (int j = 0; j < 4; ++j) std::memcpy(p + 4 * j, &a.v[j], 16);
+}
 INLINE Vec fill(float x) {
-    Vec a;
-    for (float& lane : a.v) lane = x;
-    return a;
+    const Four four = {x, x, x, x};
+    return {{four, four, four, four}};
 }
 INLINE Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__aarch64__) || defined(__FMA__)
-    for (int t = 0; t < LANES; ++t) c.v[t] = __builtin_fmaf(a.v[t], b.v[t], c.v[t]);
+    for (int j = 0; j < 4; ++j) {
+#if defined(__aarch64__)
+        c.v[j] = vfmaq_f32(c.v[j], a.v[j], b.v[j]);
+#elif defined(__FMA__)
+        for (int i = 0; i < 4; ++i) c.v[j][i] = __builtin_fmaf(a.v[j][i], b.v[j][i], c.v[j][i]);
 #else
-    for (int t = 0; t < LANES; ++t) c.v[t] += a.v[t] * b.v[t];
+        c.v[j] += a.v[j] * b.v[j];
 #endif
+    }
     return c;
 }
-INLINE Vec round_even(Vec a) {
-    for (float& lane : a.v) lane = std::nearbyintf(lane);
+template <class Lane>
+INLINE Vec each_lane(Lane&& lane) {
+    Vec a;
+    for (int t = 0; t < LANES; ++t) a.v[t / 4][t % 4] = lane(t);
     return a;
 }
+INLINE Vec times_power_of_two(Vec a, Vec n) {
+    return each_lane([&](int t) {
+        const float x = a.v[t / 4][t % 4], power = n.v[t / 4][t % 4];
+        return power == power ? std::ldexp(x, int(power)) : power;
+    });
+}
+INLINE Vec round_even(Vec a) {
+    return each_lane([&](int t) { return std::nearbyintf(a.v[t / 4][t % 4]); });
+}
 INLINE Vec keep_lanes(Vec a, int begin, int end, float other) {
-    for (int t = 0; t < LANES; ++t)
-        if (t < begin || t >= end) a.v[t] = other;
+    for (int j = 0; j < 4; ++j) {
+        const FourInts lane = FourInts{0, 1, 2, 3} + 4 * j;
+        a.v[j] = (lane >= begin) & (lane < end) ? a.v[j] : fill(other).v[j];
+    }
     return a;
 }
 INLINE Vec load_bf16(const uint16_t* p) {
     Vec a;
-    for (int t = 0; t < LANES; ++t) a.v[t] = bf16_to_float(p[t]);
+    for (int j = 0; j < 4; ++j) {
+        FourHalves raw;
+        std::memcpy(&raw, p + 4 * j, 8);
+        a.v[j] = Four(__builtin_convertvector(raw, FourWords) << 16);
+    }
     return a;
 }
 INLINE void store_bf16(uint16_t* p, Vec a) {
-    for (int t = 0; t < LANES; ++t) p[t] = float_to_bf16(a.v[t]);
+    for (int j = 0; j < 4; ++j) {
+        const FourWords bits = FourWords(a.v[j]), upper = bits >> 16;
+        const FourWords rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
+        const FourWords kept = a.v[j] == a.v[j] ? rounded : upper | 0x40u;
+        const FourHalves half = __builtin_convertvector(kept, FourHalves);
+        std::memcpy(p + 4 * j, &half, 8);
+    }
+}
+// Byte i of four words in memory, with its sign.
+INLINE FourInts signed_byte(const int8_t* p, int i) {
+    FourInts words;
+    std::memcpy(&words, p, 16);
+    return words << (24 - 8 * i) >> 24;
 }
 INLINE Vec int8_column(const int8_t* p, int i) {
     Vec a;
-    for (int t = 0; t < LANES; ++t) a.v[t] = float(p[4 * t + i]);
+    for (int j = 0; j < 4; ++j) a.v[j] = __builtin_convertvector(signed_byte(p + 16 * j, i), Four);
     return a;
 }
 INLINE Vec bf16_column(const uint16_t* p, int i) {
     Vec a;
-    for (int t = 0; t < LANES; ++t) a.v[t] = bf16_to_float(p[2 * t + i]);
+    for (int j = 0; j < 4; ++j) {
+        FourWords pairs;
+        std::memcpy(&pairs, p + 8 * j, 16);
+        a.v[j] = Four(i ? pairs & 0xffff0000u : pairs << 16);
+    }
     return a;
 }
 
