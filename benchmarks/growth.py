@@ -109,12 +109,12 @@ class Bench:
         self._machine, self._threads, self._rounds = machine, threads, rounds
 
     def by_context(self, dtype: str, contexts: Sequence[int]) -> Iterator[Point]:
-        """One sequence; each prompt begins with the one before, which the prefix cache keeps."""
+        """One sequence; each prompt begins with the one before."""
         most = max(contexts)
         with self._load(dtype=dtype, max_num_seqs=1, max_model_len=most) as llm:
             text = _random_prompt(most, 0)
-            for context in contexts:
-                yield self._point(llm, dtype, context, [text[: context - TOKENS]])
+            cases = [(context, [text[: context - TOKENS]]) for context in contexts]
+            yield from self._points(llm, dtype, cases)
 
     def by_batch(self, activations: str, batches: Sequence[int]) -> Iterator[Point]:
         """Many sequences of one short context."""
@@ -124,21 +124,32 @@ class Bench:
             "max_model_len": BATCH_CONTEXT,
             "max_num_batched_tokens": max(batches) * BATCH_CONTEXT,  # every prompt in one step
         }
-        with self._load(activations=activations, enable_prefix_caching=False, **sizes) as llm:
-            for batch in batches:
-                prompts = [_random_prompt(BATCH_CONTEXT - TOKENS, row) for row in range(batch)]
-                yield self._point(llm, series, BATCH_CONTEXT, prompts)
+        with self._load(activations=activations, **sizes) as llm:
+            texts = [_random_prompt(BATCH_CONTEXT - TOKENS, row) for row in range(max(batches))]
+            yield from self._points(
+                llm, series, [(BATCH_CONTEXT, texts[:batch]) for batch in batches]
+            )
 
     def _load(self, **options: Any) -> LLM:
         return LLM(MODEL, threads=self._threads, group_size=128, **options)
 
+    def _points(
+        self, llm: LLM, series: str, cases: Sequence[tuple[int, Sequence[Sequence[int]]]]
+    ) -> Iterator[Point]:
+        """The medians of rounds over all cases: a busy moment meets each of them once at most.
+
+        The prefix cache keeps prompts from one round to the next.
+        """
+        rounds = [[_decode(llm, prompts) for _, prompts in cases] for _ in range(self._rounds)]
+        for (context, prompts), times in zip(cases, zip(*rounds, strict=True), strict=True):
+            step_s, native_s = (statistics.median(each) for each in zip(*times, strict=True))
+            yield self._point(llm, series, context, len(prompts), step_s, native_s)
+
     def _point(
-        self, llm: LLM, series: str, context: int, prompts: Sequence[Sequence[int]]
+        self, llm: LLM, series: str, context: int, batch: int, step_s: float, native_s: float
     ) -> Point:
-        """The medians of the rounds, after one that does not count."""
-        rounds = [_decode(llm, prompts) for _ in range(self._rounds + 1)][1:]
-        step_s, native_s = (statistics.median(times) for times in zip(*rounds, strict=True))
-        batch, model = len(prompts), llm.model_config
+        """A step's time beside the least times of its parts."""
+        model = llm.model_config
         seen = batch * (context - TOKENS / 2)
         weights = budget.step_read_bytes(llm.budget.model, budget.Rank())
         kv = seen * budget.kv_token_bytes(model, llm.config.dtype)

@@ -36,6 +36,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     module, _, variant = arguments.engine.partition(":")
     weights = Weights(arguments.gguf, arguments.folder)
+    del sys.path[0]  # benchmarks/: transformers would take our kernels.py for a package of its own
     engine = importlib.import_module(f"peer_engines.{module}")
     loaded = engine.load(weights, arguments.threads, variant)
     print(json.dumps(answer(loaded, **FIRST) | {"facts": loaded.facts}), file=answers)

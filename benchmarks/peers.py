@@ -67,6 +67,8 @@ ENGINES = {  # name: (option that names its Python, module of peer_engines and v
     "OpenVINO Q8_0": ("openvino", "openvino:Q8_0"),
     "OpenVINO int8": ("openvino", "openvino:int8"),
     "vLLM bfloat16": ("vllm", "vllm:bfloat16"),
+    "vLLM bfloat16, eager": ("vllm", "vllm:bfloat16-eager"),
+    "vLLM float32, eager": ("vllm", "vllm:float32-eager"),
     "transformers bfloat16": ("transformers", "transformers:bfloat16"),
     "transformers float32": ("transformers", "transformers:float32"),
 }
@@ -85,13 +87,13 @@ def main() -> None:
     write_safetensors(weights.gguf, weights.safetensors)
     paths = ["--gguf", str(weights.gguf), "--folder", str(weights.folder)]
     pythons = {"roofline": sys.executable, **vars(arguments)}
+    left_out = dict.fromkeys(arguments.without, "--without") | {
+        name: f"no --{option}" for name, (option, _) in ENGINES.items() if not pythons[option]
+    }
     peers = {
         name: Peer(engine, pythons[option], paths, arguments.threads)
         for name, (option, engine) in ENGINES.items()
-        if pythons[option]
-    }
-    left_out = {
-        name: f"no --{option}" for name, (option, _) in ENGINES.items() if name not in peers
+        if name not in left_out
     }
     with tempfile.TemporaryDirectory() as logs:
         run = Run(peers, Path(logs), arguments.rounds, arguments.limit_s)
@@ -262,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
+    parser.add_argument("--without", nargs="+", choices=ENGINES, default=[], metavar="ENGINE")
     parser.add_argument("--limit-s", type=float, default=60.0, help="a peer may take for a figure")
     return parser
 

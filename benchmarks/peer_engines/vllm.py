@@ -1,4 +1,8 @@
-"""vLLM's CPU build with its defaults, the engine in this process; variants name the dtype."""
+"""vLLM's CPU build with its defaults, the engine in this process; variants name the dtype.
+
+`-eager` behind it runs the model uncompiled: compiling takes minutes at every start, for release
+0.32.0 cannot load what it kept of the start before.
+"""
 
 import os
 import time
@@ -19,9 +23,11 @@ import vllm
 
 def load(weights: Weights, threads: int, variant: str) -> Loaded:
     """An `LLM` without prefix caching; its threads are the processors this process may use."""
+    dtype, _, mode = variant.partition("-")
     llm = vllm.LLM(
-        str(weights.safetensors), dtype=variant, max_model_len=CONTEXT, max_num_seqs=SEQUENCES,
-        enable_prefix_caching=False, skip_tokenizer_init=True, seed=0,
+        str(weights.safetensors), dtype=dtype, max_model_len=CONTEXT, max_num_seqs=SEQUENCES,
+        enable_prefix_caching=False, skip_tokenizer_init=True, enforce_eager=mode == "eager",
+        seed=0,
     )  # fmt: skip
     engine = llm.llm_engine
     numbers = iter(range(1 << 62))
