@@ -45,13 +45,14 @@ def main() -> None:
     parser.add_argument("--sections", default="ceilings,kernels,engine")
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(PRESETS))
     parser.add_argument("--only", default="", help="engine cases whose names hold this")
+    parser.add_argument("--most-tokens", type=int, default=GROWTH_TOKENS, help="of growth's cells")
     arguments = parser.parse_args()
     report: dict[str, Any] = {"benchmark": "gpu", "model": arguments.model, **machine()}
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "ceilings": ceilings,
         "kernels": kernels,
         "engine": lambda: engine_cases(arguments.model, arguments.only),
-        "growth": lambda: growth(arguments.model),
+        "growth": lambda: growth(arguments.model, arguments.most_tokens),
     }
     for name in arguments.sections.split(","):
         report[name] = guarded(name, sections[name])
@@ -291,11 +292,11 @@ def one_configuration(
     return found
 
 
-def growth(model: str) -> dict[str, Any]:
+def growth(model: str, most_tokens: int) -> dict[str, Any]:
     """Decoding rates against context and batch."""
     loaded = Model(model)
     found: dict[str, Any] = {}
-    for context, batch in cells(loaded.workers.budget.step.max_model_len):
+    for context, batch in cells(loaded.workers.budget.step.max_model_len, most_tokens):
         case = f"decode_{batch}_context_{context}"
         found[case] = guarded(case, lambda: loaded.decode(batch, context, 48))  # noqa: B023
         show(f"{case} {found[case]}")
@@ -303,11 +304,11 @@ def growth(model: str) -> dict[str, Any]:
     return found
 
 
-def cells(max_model_len: int) -> Iterator[tuple[int, int]]:
+def cells(max_model_len: int, most_tokens: int) -> Iterator[tuple[int, int]]:
     """The contexts and batches of the table."""
     for context in CONTEXTS:
         for batch in BATCHES:
-            if batch * context <= GROWTH_TOKENS and context + 64 <= max_model_len:
+            if batch * context <= most_tokens and context + 64 <= max_model_len:
                 yield context, batch
 
 
