@@ -131,7 +131,7 @@ class Bench:
             )
 
     def _load(self, **options: Any) -> LLM:
-        return LLM(MODEL, threads=self._threads, group_size=128, **options)
+        return LLM(MODEL, device="cpu", threads=self._threads, group_size=128, **options)
 
     def _points(
         self, llm: LLM, series: str, cases: Sequence[tuple[int, Sequence[Sequence[int]]]]

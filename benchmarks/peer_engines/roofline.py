@@ -10,8 +10,8 @@ from roofline import LLM, SamplingParams, __version__, budget
 def load(weights: Weights, threads: int, variant: str) -> Loaded:
     """The engine through its Python door, without the prefix cache."""
     llm = LLM(
-        str(weights.gguf), threads=threads, max_model_len=CONTEXT, max_num_seqs=SEQUENCES,
-        group_size=128, enable_prefix_caching=False, activations=variant,
+        str(weights.gguf), device="cpu", threads=threads, max_model_len=CONTEXT,
+        max_num_seqs=SEQUENCES, group_size=128, enable_prefix_caching=False, activations=variant,
     )  # fmt: skip
 
     def generate(prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, float]:
