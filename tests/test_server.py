@@ -212,7 +212,8 @@ def test_who_leaves_frees_what_was_held(
     with httpx2.Client(base_url=url) as client:
         if stream:
             with client.stream("POST", COMPLETIONS, json=body) as response:
-                assert next(response.iter_lines()).startswith("data: ")
+                lines = response.iter_lines()  # kept: the response is closed with it
+                assert next(lines).startswith("data: ")
                 assert llm.stats()["num_used_blocks"] > 0
         else:
             with pytest.raises(httpx2.TimeoutException):
