@@ -1,4 +1,4 @@
-// Linears of up to 16 tokens by INT8 weights: the weights stream through registers, from memory
+// Linears of up to 16 tokens by INT8 weights: the weights stream from memory through shared memory
 // into the integer tensor cores, and are converted to nothing.
 //
 // Activations are 16-bit fixed point for each token and group of 128, x = step * (256 high + low),
@@ -7,8 +7,8 @@
 // (256 high + low) * scale * step. Weights stay row-major: within 64 columns a lane takes 16 bytes
 // in a row, and activations are taken in the same order, which is as good as any for a sum.
 //
-// A block has 16 ROW_TILES rows at a time and its warps share K by steps of 128 columns, OWN each at
-// most. A warp has DEPTH of its steps on their way to shared memory, over the ends of row tiles,
+// A block has 16 ROW_TILES rows at a time and its warps share K by steps of 128 columns, OWN each
+// at most. A warp has DEPTH of its steps on their way to shared memory, over the ends of row tiles,
 // and the first of them before `griddepcontrol.wait`: while the kernel before still runs. A lane
 // brings the very bytes that it multiplies, and everything about a step but the row is known when
 // this is compiled: a step is some fifty instructions, as many as leave memory the limit.
@@ -139,12 +139,14 @@ stream(const void *given,         // [PLANES, T, K] int8; or [1, K] bfloat16 or 
 #pragma unroll
       for (int h = 0; h < 2; h++)
         found.values[m][h] =
-            weight + (i64)row_of(tile * ROW_TILES + m, g + 8 * h, N) * COLUMNS + 128 * warp + 16 * t;
+            weight + (i64)row_of(tile * ROW_TILES + m, g + 8 * h,
+                N) * COLUMNS + 128 * warp + 16 * t;
     }
     return found;
   };
   // Whether the warp has an index-th step: they are its own number and every WARPS-th after it.
-  auto has = [&](int index) { return index * WARPS + WARPS <= STEPS || warp + index * WARPS < STEPS; };
+  auto has =
+      [&](int index) { return index * WARPS + WARPS <= STEPS || warp + index * WARPS < STEPS; };
   auto bring = [&](const Tile &tile, int index) {
     if (has(index)) {
       const int place = index % DEPTH * SLOT;
@@ -202,10 +204,12 @@ stream(const void *given,         // [PLANES, T, K] int8; or [1, K] bfloat16 or 
 #pragma unroll
     for (int c = 0; c < 4; c++) // 1.5 * 2**23: the last 16 bits are the rounded number
       v[c] = __float_as_uint(__fmaf_rn(x[c], inverse, 12582912.f));
-    const u32 low = __byte_perm(__byte_perm(v[0], v[1], 0x40), __byte_perm(v[2], v[3], 0x40), 0x5410);
+    const u32 low =
+        __byte_perm(__byte_perm(v[0], v[1], 0x40), __byte_perm(v[2], v[3], 0x40), 0x5410);
 #pragma unroll
     for (int c = 0; c < 4; c++) v[c] += 128;
-    const u32 high = __byte_perm(__byte_perm(v[0], v[1], 0x51), __byte_perm(v[2], v[3], 0x51), 0x5410);
+    const u32 high =
+        __byte_perm(__byte_perm(v[0], v[1], 0x51), __byte_perm(v[2], v[3], 0x51), 0x5410);
     if (has(index)) {
       u32 *place = (u32 *)(staged + step * 16);
       place[lane] = high;
@@ -222,7 +226,8 @@ stream(const void *given,         // [PLANES, T, K] int8; or [1, K] bfloat16 or 
     if (!has(index)) break;
     for (int i = lane; i < lines * 8; i += 32) {
       const int line = i / 8, column = step * 128 + i % 8 * 16;
-      const i8 *place = (const i8 *)given + ((i64)(line % PLANES) * T + line / PLANES) * COLUMNS + column;
+      const i8 *place =
+          (const i8 *)given + ((i64)(line % PLANES) * T + line / PLANES) * COLUMNS + column;
       staged[(step * lines + line) * 8 + (i % 8 ^ line % 2 * 4)] =
           column < COLUMNS ? *(const uint4 *)place : make_uint4(0, 0, 0, 0);
     }
@@ -241,12 +246,14 @@ stream(const void *given,         // [PLANES, T, K] int8; or [1, K] bfloat16 or 
       for (int j = 0; j < 2; j++) {
         found.values[n][j] = make_uint4(0, 0, 0, 0);
 #if HELD == 1 || GIVEN
-        if (line < lines) found.values[n][j] = staged[(step * lines + line) * 8 + ((4 * j + t) ^ line % 2 * 4)];
+        if (line < lines) found.values[n][j] =
+            staged[(step * lines + line) * 8 + ((4 * j + t) ^ line % 2 * 4)];
 #else
         const int column = step * 128 + 64 * j + 16 * t;
         if (line / PLANES < T && column < COLUMNS)
           found.values[n][j] = *(const uint4 *)((const i8 *)given +
-                                                ((i64)(g % PLANES) * T + line / PLANES) * COLUMNS + column);
+                                                ((i64)(g % PLANES) * T +
+                                                    line / PLANES) * COLUMNS + column);
 #endif
       }
 #pragma unroll
@@ -265,7 +272,8 @@ stream(const void *given,         // [PLANES, T, K] int8; or [1, K] bfloat16 or 
   float sums[ROW_TILES][TOKEN_TILES][2][3 - PLANES] = {};
   auto multiply_step = [&](int index, const Activations &x) {
     const uint4 *const values = (const uint4 *)(ring + index % DEPTH * SLOT) + lane;
-    const float *const their_scales = (const float *)(ring + index % DEPTH * SLOT + ROW_TILES * 2048) + g;
+    const float *const their_scales =
+        (const float *)(ring + index % DEPTH * SLOT + ROW_TILES * 2048) + g;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) {
       const uint4 *const mine = values + m * 4 * 32;
@@ -306,7 +314,8 @@ stream(const void *given,         // [PLANES, T, K] int8; or [1, K] bfloat16 or 
         for (int h = 0; h < 2; h++)
 #pragma unroll
           for (int c = 0; c < 3 - PLANES; c++) {
-            shared_sums[buffer][warp][(8 * n + 2 * t) / PLANES + c][16 * m + 8 * h + g] = sums[m][n][h][c];
+            shared_sums[buffer][warp][(8 * n + 2 * t) / PLANES + c][16 * m + 8 * h + g] =
+                sums[m][n][h][c];
             sums[m][n][h][c] = 0;
           }
     __syncthreads();
@@ -332,7 +341,8 @@ stream(const void *given,         // [PLANES, T, K] int8; or [1, K] bfloat16 or 
 #elif KIND == 1
       const int channel = tile * (ROWS / 2) + r;
       if (channel < N / 2)
-        put((Result *)out + line + channel, first / (1 + __expf(-first)) * second, Number<RESULT>());
+        put((Result *)out + line + channel, first / (1 + __expf(-first)) * second,
+            Number<RESULT>());
 #else
       const int pair = tile * (ROWS / 2) + r, head = pair / HALF, channel = pair % HALF;
       if (head < heads + 2 * kv_heads) {
@@ -354,7 +364,8 @@ stream(const void *given,         // [PLANES, T, K] int8; or [1, K] bfloat16 or 
         } else if (slot >= 0) {
           const int kv_head = head - heads;
           const i64 block = (i64)(kv_head / kv_heads) * blocks + slot / block_tokens;
-          const i64 vector = (block * kv_heads + kv_head % kv_heads) * block_tokens + slot % block_tokens;
+          const i64 vector =
+              (block * kv_heads + kv_head % kv_heads) * block_tokens + slot % block_tokens;
           Kept *place = (Kept *)kept + vector * (2 * HALF) + channel;
           put(place, first, Number<KEPT>());
           put(place + HALF, second, Number<KEPT>());
