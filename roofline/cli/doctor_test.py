@@ -43,6 +43,7 @@ def test_it_tells_which_kernels_run_and_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     isas = open_native().isas
+    monkeypatch.setattr(library, "_CPU_INFO", Path("/proc/none"))
     report = examine(capsys)
     assert report["kernels"] == isas[0]
     assert report["kernels_why"] == f"the best of {', '.join(isas)}, which this CPU runs"

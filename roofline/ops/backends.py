@@ -12,7 +12,7 @@ from roofline.budget import ModelPlan, is_quantized, usable_cores
 from roofline.config import EngineConfig, ModelConfig
 from roofline.errors import UsageError
 from roofline.ops import FloatWeight, Int8Weight, Ops, Pack, Quantize, Weight, keep
-from roofline.ops.cpu.library import Library, open_library
+from roofline.ops.cpu.library import Library, has_slow_bfloat16, open_library
 from roofline.ops.cpu.native import MAX_HEAD_DIM, MAX_QUERIES, NativeOps, Pool
 from roofline.ops.cpu.packing import LANES, can_pack, pack
 from roofline.ops.cpu.quantizing import quantize
@@ -76,6 +76,8 @@ def survey(config: EngineConfig) -> tuple[str, str]:
     if isinstance(library, str):
         return "reference", library
     why = "the best" if config.cpu_isa == "auto" else "the one asked for"
+    if config.cpu_isa == "auto" and library.isa > 0:
+        why = f"faster here than {library.isas[0]}, whose bfloat16 products are slow on this CPU;"
     return library.isa_name, f"{why} of {', '.join(library.isas)}, which this CPU runs"
 
 
@@ -134,7 +136,13 @@ def _gpu(config: EngineConfig, model: ModelConfig) -> Backend:
 
 
 def _open(config: EngineConfig) -> Library | str:
-    return open_library(None if config.cpu_isa == "auto" else config.cpu_isa)
+    if config.cpu_isa != "auto":
+        return open_library(config.cpu_isa)
+    library = open_library()
+    if isinstance(library, str) or library.isa_name != "avx512_bf16":
+        return library
+    multiplies_bfloat16 = config.dtype == "bfloat16" and config.activations != "int8"
+    return open_library("avx512") if multiplies_bfloat16 and has_slow_bfloat16() else library
 
 
 def _pack(

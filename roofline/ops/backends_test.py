@@ -44,7 +44,37 @@ def choose(model: ModelConfig = MODEL, **options: Any) -> backends.Backend:
     return backends.choose(config, model, plan_model(model, config.weights, Rank(), {}))
 
 
-def test_native_ops_are_the_choice_where_they_can_run() -> None:
+@pytest.mark.parametrize(
+    ("maker", "options", "wanted"),
+    [
+        ("GenuineIntel", {}, "avx512"),
+        ("GenuineIntel", {"activations": "int8"}, "avx512_bf16"),
+        ("GenuineIntel", {"dtype": "float32"}, "avx512_bf16"),
+        ("AuthenticAMD", {}, "avx512_bf16"),
+    ],
+)
+def test_bfloat16_is_not_multiplied_as_such_where_float32_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    maker: str,
+    options: dict[str, Any],
+    wanted: str,
+) -> None:
+    about = tmp_path / "cpuinfo"
+    about.write_text(f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(library, "_CPU_INFO", about)
+    monkeypatch.setattr(
+        library, "_isas", lambda functions: iter(("avx512_bf16", "avx512", "avx2", "portable"))
+    )
+    open_native()
+    name, why = backends.survey(EngineConfig(device="cpu", **options))
+    assert name == wanted and ("slow on this CPU" in why) == (wanted == "avx512")
+
+
+def test_native_ops_are_the_choice_where_they_can_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "_CPU_INFO", tmp_path / "none")
     isas = open_native().isas
     for asked, name in (("auto", isas[0]), *((isa, isa) for isa in isas)):
         backend = choose(threads=2, cpu_isa=asked)
