@@ -34,12 +34,11 @@ def test_a_large_tensor_lies_on_huge_pages() -> None:
     with mmap.mmap(-1, 8 * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_DONTDUMP)  # unlike its neighbours: a mapping of its own
         tensor = torch.frombuffer(memory, dtype=torch.int8).fill_(1)
-        before = huge_bytes(tensor.data_ptr())
         count = collapse([tensor])
-        if count > before // HUGE_BYTES:
-            assert huge_bytes(tensor.data_ptr()) >= 7 * HUGE_BYTES  # it need not begin on one
+        held = huge_bytes(tensor.data_ptr())
         ones = bool((tensor == 1).all())
         del tensor
     assert ones
     if not count:
         pytest.skip("this kernel gives no huge pages")
+    assert held >= (count - 2) * HUGE_BYTES  # the first and the last may be another's, too
