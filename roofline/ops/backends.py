@@ -54,10 +54,8 @@ def choose(config: EngineConfig, model: ModelConfig, plan: ModelPlan) -> Backend
     if isinstance(library, Library) and reason is None:
         pool = Pool(library, config.threads or usable_cores())
         packed = partial(_pack, library, int8_activations)
-        return Backend(
-            *(library.isa_name, None, packed, partial(quantize, pool)),
-            *(pool, partial(_native_ops, pool)),
-        )
+        quantized, ops = partial(quantize, pool), partial(_native_ops, pool)
+        return Backend(library.isa_name, None, packed, quantized, pool, ops)
     if config.cpu_isa != "auto":
         raise UsageError(f"cpu_isa {config.cpu_isa} cannot be used: {reason}")
     return _reference(reason, int8_activations)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from roofline.ops import KvCache, Ops, PackedWeight, StepInputs, Weight
 from roofline.ops.gpu import attention, lookup, norms, rope, sampling
-from roofline.ops.gpu.layout import STREAM_GROUP as PLANE_GROUP
-from roofline.ops.gpu.layout import layout_of
+from roofline.ops.gpu.layout import STREAM_GROUP, layout_of
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
 from roofline.ops.gpu.stream import ModelShapes, Planes
@@ -189,9 +188,9 @@ class GpuOps(Ops):
         hidden = residual.shape[1]
         tokens, layout = len(residual if sampled is None else sampled), layout_of(weight)
         planes = 0
-        if layout.group == PLANE_GROUP and layout.offset % PLANE_GROUP == 0:
+        if layout.group == STREAM_GROUP and layout.offset % STREAM_GROUP == 0:
             planes = self._linears.planes(layout, tokens)
-        block = max(PLANE_GROUP, power_of_two(hidden))
+        block = max(STREAM_GROUP, power_of_two(hidden))
         x: Tensor | Planes
         if planes:
             x = self._linears.room_for_planes(planes, tokens, hidden, layout.groups, room)

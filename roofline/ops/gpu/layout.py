@@ -17,9 +17,7 @@ FLOAT_CHUNK = 64
 STREAM_GROUP = 128  # columns that share a scale in what `stream` multiplies
 STREAM_ROWS, STREAM_COLUMNS = 16, 64  # that its matrices are multiples of
 STREAM_TOKENS = 16  # at most
-STREAM_BYTES = (
-    8 << 20
-)  # of a matrix: one token's product with a smaller one is over sooner in `gemv`
+STREAM_BYTES = 8 << 20  # of a matrix; with a smaller one `gemv` is done sooner with one token
 PROGRAMS = 256  # about two for each multiprocessor of an H100: fewer leave memory idle
 
 

@@ -3,6 +3,7 @@
 `benchmarks/gpu_tune.py` measures the candidates; what won stands here as a rule.
 """
 
+import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -76,6 +77,7 @@ class StreamPlan:
         return ring + steps * tokens * (self.planes * STREAM_GROUP + 4)
 
 
+@functools.cache
 def plan_stream(
     tokens: int, planes: int, columns: int, given: int = 0, most_shared: int = 232_448
 ) -> StreamPlan:
@@ -110,6 +112,16 @@ def _share_steps(steps: int) -> tuple[int, int, int]:
         if depth >= min(own, 3):
             return warps, own, depth
     return 1, steps, 1
+
+
+@functools.cache  # asked for at every launch that is not replayed, as is `plan_stream`
+def _macros_of(
+    plan: StreamPlan, kind: int, result: torch.dtype, kept: torch.dtype, half: int, pdl: bool
+) -> _Macros:
+    """The macros of a variant, in their order."""
+    macros = {name.upper(): value for name, value in asdict(plan).items() if name != "waves"}
+    macros |= {"KIND": kind, "RESULT": _DTYPES[result], "KEPT": _DTYPES[kept], "HALF": half}
+    return tuple(sorted((macros | {"PDL": int(pdl)}).items()))
 
 
 class Streams:
@@ -218,13 +230,7 @@ class Streams:
         kept: torch.dtype = torch.float32,
         half: int = 1,
     ) -> _Macros:
-        """The macros of a variant, in their order."""
-        numbers = {k: v for k, v in asdict(plan).items() if k != "waves"}
-        macros = {name.upper(): value for name, value in numbers.items()} | {
-            "KIND": kind, "RESULT": _DTYPES[result], "KEPT": _DTYPES[kept], "HALF": half,
-            "PDL": int(self.pdl),
-        }  # fmt: skip
-        return tuple(sorted(macros.items()))
+        return _macros_of(plan, kind, result, kept, half, self.pdl)
 
     def _kernel(self, macros: _Macros) -> nvrtc.Kernel:
         if macros not in self._kernels:
