@@ -7,7 +7,7 @@ import pytest
 from roofline.errors import UsageError
 from roofline.ops.cpu.library import Library, open_library
 
-ISAS = "avx512_bf16", "avx512", "avx2", "portable"
+ISAS = "amx", "avx512_bf16", "avx512", "avx2", "portable"
 REQUIRED = os.environ.get("ROOFLINE_REQUIRE_NATIVE") == "1"  # a missing library fails the tests
 
 

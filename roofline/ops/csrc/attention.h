@@ -222,9 +222,20 @@ class Tiles {
     int64_t row_ = -1, first_ = 0, count_ = 0;
 };
 
+}  // namespace RL_ISA
+}  // namespace roofline
+
+#include "amx_attention.h"
+
+namespace roofline {
+namespace RL_ISA {
+
 // What a tile's queries gather from one span.
 template <class X>
 static void attend(const Attention& a, const QueryTile& tile, int64_t kv_head, int64_t span, Gathering& g) {
+#if defined(RL_AMX)
+    if constexpr (sizeof(X) == 2) return attend_tiles(a, tile, kv_head, span, g);
+#endif
     using P = Panel<X>;
     const int64_t dim = a.head_dim, shared = a.heads / a.kv_heads, queries = tile.tokens * shared;
     const int64_t context = a.context_len[tile.row], last = tile.position + tile.tokens - 1;

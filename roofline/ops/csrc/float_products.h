@@ -5,18 +5,17 @@
 // Included once per ISA.
 #pragma once
 
-#include "abi.h"
+#include "amx.h"
+#include "matrix.h"
 #include "tiles.h"
 #include "vec.h"
 
 namespace roofline {
 namespace RL_ISA {
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(RL_AMX)
 #define RL_BF16_DOT 1
 #endif
-
-INLINE int64_t item_bytes(int64_t kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
 
 // Float32 arithmetic, for activations of either type.
 template <class X>
@@ -45,8 +44,6 @@ struct Panel {
             });
         });
     }
-
-  private:
     static INLINE Vec column(const char* quad, int64_t kind, int i) {
         if (kind == INT8) return int8_column(reinterpret_cast<const int8_t*>(quad), i);
         if (kind == FLOAT32) return load(reinterpret_cast<const float*>(quad) + LANES * i);
@@ -156,6 +153,7 @@ struct Direct {
     using P = Panel<X>;
     using Sum = Vec;
     static constexpr bool from_memory = false;  // the processor finds out what comes next
+    static constexpr bool in_halves = false;
     static constexpr int least_tokens = 1, most_tokens = DIRECT_TOKENS;
     int64_t kind;
     bool extremes;
@@ -173,6 +171,7 @@ struct DirectInt8 {
     using P = Panel<X>;
     using Sum = Vec;
     static constexpr bool from_memory = true;
+    static constexpr bool in_halves = false;
     static constexpr int least_tokens = 1, most_tokens = DIRECT_TOKENS;
 
     template <int M, int C>
@@ -182,12 +181,39 @@ struct DirectInt8 {
     }
 };
 
+// Whether activations of a type are summed as AMX does it, so that tiles may multiply more of them.
+template <class X>
+constexpr bool sums_in_halves = HAS_TILES && sizeof(X) == 2;
+
+// Weights from the packed matrix, for such sums.
+template <bool IS_INT8>
+struct Halves {
+    using Sum = Vec;
+    static constexpr bool from_memory = true, in_halves = true;
+    static constexpr int least_tokens = 1, most_tokens = HALVES_TOKENS;
+    int64_t kind;
+
+    template <int M, int C>
+    INLINE void add(const char* quads, const float* x, int64_t stride, Vec (&halves)[2][M][C]) const {
+        const int64_t weights = IS_INT8 ? INT8 : kind;
+        unroll<C>([&](auto c) INLINED {
+            unroll<4>([&](auto i) INLINED {
+                const Vec column = Panel<float>::column(quads + c * 64 * item_bytes(weights), weights, i);
+                unroll<M>([&](auto m) INLINED {
+                    halves[i % 2][m][c] = fma(column, fill(x[m * stride + i]), halves[i % 2][m][c]);
+                });
+            });
+        });
+    }
+};
+
 // Weights from a panel of C chunks.
 template <class X>
 struct Widened {
     using P = Panel<X>;
     using Sum = Vec;
     static constexpr bool from_memory = false;
+    static constexpr bool in_halves = false;
     static constexpr int least_tokens = 3, most_tokens = MICRO_TOKENS;  // more than DIRECT_TOKENS halved
 
     template <int M, int C>

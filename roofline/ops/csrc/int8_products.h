@@ -132,7 +132,7 @@ INLINE Ints load_part(const char* p) {
 INLINE void store_part(char* p, Ints part) { store(reinterpret_cast<int32_t*>(p), part); }
 #endif
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(RL_AMX)  // beside tiles operands have 16 bits
 using ByteOperand = int8_t;
 constexpr int QUAD_PARTS = 1;
 INLINE void store_operands(ByteOperand* p, Ints a) {
@@ -160,7 +160,11 @@ INLINE __m512i byte_part(const char* quad, int i) {
 INLINE Ints dot_part(Ints sum, __m512i weights, const ByteOperand* x) {
     int pair;
     std::memcpy(&pair, x, 4);
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpwssd_epi32(sum.v, weights, _mm512_set1_epi32(pair))};
+#else
     return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(weights, _mm512_set1_epi32(pair)))};
+#endif
 }
 #elif defined(__AVX2__)
 using ByteOperand = int16_t;  // as above

@@ -56,10 +56,10 @@ INLINE int32_t sum_lanes(Ints a) {
     return sum;
 }
 
-// One part: `count` activations to operands, their unit, and the starts and multiples of its pieces.
-template <class X>
-INLINE void round_part(const X* x, int64_t count, ByteOperand* out, float* unit, int32_t* starts,
-                       float* multiples) {
+// One part: `count` activations, their unit, and the starts and multiples of its pieces. Sixteen
+// operands at a time, from column i on, are given to put(i, operands).
+template <class X, class Put>
+INLINE void round_part(const X* x, int64_t count, float* unit, int32_t* starts, float* multiples, Put&& put) {
     constexpr int STRETCHES = PANEL_COLUMNS / STRETCH_COLUMNS;
     int32_t size[STRETCHES], most = 0;  // bits of |x| are in order as integers, NaN above all
     for (int64_t s = 0, k = 0; k < count; ++s, k += STRETCH_COLUMNS) {
@@ -78,7 +78,7 @@ INLINE void round_part(const X* x, int64_t count, ByteOperand* out, float* unit,
             const Vec value = round_even(load_some(x + i, count - i) / step);
             const Ints q = round_to_ints(WIDE_OPERANDS ? value * fill(multiple) : value);
             total = total + q;
-            store_some(out + i, q, count - i);
+            put(i, q);
         }
         if constexpr (!WIDE_OPERANDS) {
             multiples[s] = multiple;

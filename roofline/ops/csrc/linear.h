@@ -7,78 +7,16 @@
 
 #include <type_traits>
 
-#include "abi.h"
+#include "amx_linear.h"
 #include "float_products.h"
 #include "int8_products.h"
 #include "int8_rounding.h"
+#include "matrix.h"
 #include "team.h"
 #include "vec.h"
 
 namespace roofline {
 namespace RL_ISA {
-
-// A block of a matrix: where it begins and how tall it is.
-struct Block {
-    const char* values;
-    const float* scales;
-    int64_t chunks;     // of 16 rows
-    int64_t first_row;
-};
-
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-INLINE int64_t padded_columns(const Weight& w) { return ceil_div(w.columns, 4) * 4; }
-INLINE bool is_int8(const Weight& w) { return w.kind == INT8 || w.kind == OFFSET_INT8; }
-INLINE int64_t group_count(const Weight& w) {
-    return is_int8(w) ? ceil_div(w.columns + w.offset, w.group) : 1;
-}
-INLINE int64_t block_count(const Weight& w) {
-    return ceil_div(ceil_div(w.rows, LANES), w.chunks);
-}
-INLINE Block block_at(const Weight& w, int64_t index) {
-    const int64_t first = index * w.chunks, chunks = ceil_div(w.rows, LANES);
-    return {static_cast<const char*>(w.values) + first * LANES * padded_columns(w) * item_bytes(w.kind),
-            w.scales + first * LANES * group_count(w),
-            chunks - first < w.chunks ? chunks - first : w.chunks, first * LANES};
-}
-
-// The columns of one group: [begin, end), end padded to whole quads at the end of the matrix.
-INLINE void group_columns(const Weight& w, int64_t group, int64_t& begin, int64_t& end) {
-    const int64_t columns = padded_columns(w);
-    begin = 0, end = columns;
-    if (!is_int8(w)) return;
-    if (group) begin = group * w.group - w.offset;
-    const int64_t next = (group + 1) * w.group - w.offset;
-    if (next < w.columns) end = next;
-}
-
-// Columns of one group, as many as are taken at a time.
-struct Part {
-    int64_t group, begin, columns;
-    bool starts, ends;      // its group
-    int64_t index, pieces;  // parts and pieces before it
-};
-
-template <class Visit>
-INLINE void each_part(const Weight& w, Visit&& visit) {
-    int64_t index = 0, pieces = 0;
-    for (int64_t g = 0; g < group_count(w); ++g) {
-        int64_t begin, end;
-        group_columns(w, g, begin, end);
-        for (int64_t k = begin; k < end; k += PANEL_COLUMNS) {
-            const int64_t columns = end - k < PANEL_COLUMNS ? end - k : PANEL_COLUMNS;
-            visit(Part{g, k, columns, k == begin, k + columns == end, index, pieces});
-            ++index, pieces += ceil_div(columns, PIECE_COLUMNS);
-        }
-    }
-}
-
-// Call visit with n as a constant, LEAST <= n <= MOST.
-template <int LEAST, int MOST, class Visit>
-INLINE void as_constant(int n, Visit&& visit) {
-    if constexpr (LEAST < MOST)
-        if (n < MOST) return as_constant<LEAST, MOST - 1>(n, visit);
-    visit(std::integral_constant<int, MOST>{});
-}
 
 // How a group's sums go onto totals: times the scales of its rows, [chunks][16]; as they are, where
 // weights are floats.
@@ -134,7 +72,8 @@ struct Tile {
 
     // Chunks [first, first + chunks), whose quads of columns lie `step` bytes apart.
     INLINE void run(const Part& part, const char* quads, int64_t step, int first, int chunks) const {
-        for (int t = 0, left = (tokens + MICRO_TOKENS - 1) / MICRO_TOKENS; left; --left) {
+        constexpr int most = Products::most_tokens;
+        for (int t = 0, left = (tokens + most - 1) / most; left; --left) {
             const int count = (tokens - t + left - 1) / left;  // tiles of about the same size
             as_constant<Products::least_tokens, Products::most_tokens>(count, [&](auto m) {
                 as_constant<1, chunks_at_once(m)>(chunks, [&](auto c) {
@@ -178,11 +117,31 @@ struct Tile {
             each([&](auto m, auto c) INLINED { sums[m][c] = fill(0.0f); });
             if (!part.starts)
                 each([&](auto m, auto c) INLINED { sums[m][c] = keep[m * height + c]; });
-            add_columns<M, C>(part.columns, quads, step, x, sums);
+            if constexpr (Products::in_halves) add_halves<M, C>(part.columns, quads, step, x, sums);
+            else add_columns<M, C>(part.columns, quads, step, x, sums);
             if (part.ends)
                 finish([&](auto m, auto c) INLINED { return sums[m][c]; }, !part.group);
             else
                 each([&](auto m, auto c) INLINED { keep[m * height + c] = sums[m][c]; });
+        }
+    }
+
+    // As AMX does: of 32 columns the even ones, and the odd ones, are summed apart.
+    template <int M, int C>
+    INLINE void add_halves(int64_t columns, const char* quads, int64_t step, const Operand* x, Sum (&sums)[M][C]) const {
+        for (int64_t k = 0; k < columns; k += 32, quads += 8 * step) {
+            const int64_t left = columns - k < 32 ? columns - k : 32;
+            Sum halves[2][M][C];
+            const auto each = [&](auto&& visit) INLINED {
+                unroll<M>([&](auto m) INLINED { unroll<C>([&](auto c) INLINED { visit(m, c); }); });
+            };
+            each([&](auto m, auto c) INLINED { halves[0][m][c] = halves[1][m][c] = fill(0.0f); });
+            const char* quad = quads;
+            for (int64_t i = 0; i < left; i += 4, quad += step) {
+                unroll<C>([&](auto c) INLINED { __builtin_prefetch(quad + AHEAD + 64 * c); });
+                products.template add<M, C>(quad, x + k + i, rows.stride, halves);
+            }
+            each([&](auto m, auto c) INLINED { sums[m][c] = sums[m][c] + (halves[0][m][c] + halves[1][m][c]); });
         }
     }
 
@@ -243,6 +202,8 @@ INLINE void widen_bytes(const Part& part, const char* quads, int height, int chu
 template <class X>
 static void multiply_floats(const Weight& w, const Block& block, int tokens, const X* x,
                             float* totals) {
+    constexpr bool halves = sums_in_halves<X>;
+    [[maybe_unused]] const WithoutDenormals<halves> as_tiles_do;
     using P = Panel<X>;
     using Operand = typename P::Operand;
     alignas(64) Operand room[std::is_same_v<Operand, X> ? 1 : TILE_TOKENS * ROW_OPERANDS<Operand>];
@@ -263,7 +224,10 @@ static void multiply_floats(const Weight& w, const Block& block, int tokens, con
         };
         for (int c = 0; c < height; c += most, quads += most * bytes) {
             const int chunks = height - c < most ? height - c : most;
-            if (tokens <= DIRECT_TOKENS && w.kind == INT8 && !extremes) {
+            if constexpr (halves) {
+                if (w.kind == INT8) run(Halves<true>{INT8}, quads, height * bytes, c, chunks);
+                else run(Halves<false>{w.kind}, quads, height * bytes, c, chunks);
+            } else if (tokens <= DIRECT_TOKENS && w.kind == INT8 && !extremes) {
                 run(DirectInt8<Operand>{}, quads, height * bytes, c, chunks);
             } else if (tokens <= DIRECT_TOKENS) {
                 run(Direct<Operand>{w.kind, extremes}, quads, height * bytes, c, chunks);
@@ -306,19 +270,23 @@ INLINE void multiply_int8(const Weight& w, const Block& block, int tokens, const
     });
 }
 
-// What a matrix is multiplied by: activations [T, K] and, with OFFSET_INT8 weights, those as INT8.
+// What a matrix is multiplied by: activations [T, K] and, with OFFSET_INT8 weights, those as INT8; or
+// either as AMX reads them.
 template <class X>
 struct Input {
     const X* x;
     int64_t tokens;
     Rounded rounded;
+    Tiled tiled;
 };
 
-// Totals [tokens][chunks][16] of at most TILE_TOKENS tokens, from token `first` on, and one block.
+// Totals [tokens][chunks][16] of some tokens, from token `first` on, and one block.
 template <class X>
 static void multiply_block(const Weight& w, const Block& block, int tokens, const Input<X>& input,
                            int64_t first, float* totals) {
-    if (w.kind == OFFSET_INT8)
+    if (input.tiled.values)
+        multiply_tiles(w, block, tokens, input.tiled, first, totals);
+    else if (w.kind == OFFSET_INT8)
         multiply_int8(w, block, tokens, input.rounded, first, input.tokens, totals);
     else
         multiply_floats(w, block, tokens, input.x + first * w.columns, totals);
@@ -339,29 +307,37 @@ INLINE Rounded rounded_at(void* room, int64_t tokens, const Weight& w) {
 // Make the input of a matrix ready; `room` is for its INT8 form.
 template <class X>
 static Input<X> prepare(const Weight& w, int64_t tokens, const X* x, void* room, Team& team) {
-    Input<X> input{x, tokens, {}};
+    Input<X> input{x, tokens, {}, {}};
+    if constexpr (sizeof(X) == 2)
+        if (fits_tiles(w, tokens)) {
+            input.tiled = tile_activations(w, tokens, x, room, team);
+            return input;
+        }
     if (w.kind != OFFSET_INT8) return input;
     const Rounded r = input.rounded = rounded_at(room, tokens, w);
     team.run(tokens, 1, [&](int64_t t) {
         each_part(w, [&](const Part& part) {
             const int64_t row = tokens * (part.begin + part.index * ROW_GAP) + t * (part.columns + ROW_GAP);
             const int64_t piece = t * r.pieces + part.pieces;
-            round_part(x + t * w.columns + part.begin, part.columns, r.values + row,
-                       r.units + t * r.parts + part.index, r.starts + piece, r.multiples + piece);
+            round_part(x + t * w.columns + part.begin, part.columns, r.units + t * r.parts + part.index,
+                       r.starts + piece, r.multiples + piece, [&](int64_t i, Ints operands) INLINED {
+                           store_some(r.values + row + i, operands, part.columns - i);
+                       });
         });
     });
     return input;
 }
 
-// For every block of rows and every TILE_TOKENS tokens: done(block, first token, tokens, totals).
+// For every block of rows and some tokens at a time: done(block, first token, tokens, totals).
 template <class X, class Done>
 static void multiply_each(const Weight& w, int64_t tokens, const Input<X>& input, Team& team,
                           Done&& done) {
     team.run(block_count(w), 1, [&](int64_t index) {
-        alignas(64) float totals[TILE_TOKENS * MAX_CHUNKS * LANES];
+        alignas(64) float totals[(HAS_TILES ? TILED_TOKENS : TILE_TOKENS) * MAX_CHUNKS * LANES];
+        const int most = input.tiled.values ? TILED_TOKENS : TILE_TOKENS;
         const Block block = block_at(w, index);
-        for (int64_t first = 0; first < tokens; first += TILE_TOKENS) {
-            const int count = int(tokens - first < TILE_TOKENS ? tokens - first : TILE_TOKENS);
+        for (int64_t first = 0; first < tokens; first += most) {
+            const int count = int(tokens - first < most ? tokens - first : most);
             multiply_block(w, block, count, input, first, totals);
             done(block, first, count, totals);
         }
@@ -384,10 +360,14 @@ static void multiply(const Weight& w, int64_t tokens, const X* x, void* room, fl
                       if (broken && !all_finite(totals, count * block.chunks * LANES))
                           std::atomic_ref(*broken).store(1, std::memory_order_relaxed);
                       const int64_t left = w.rows - block.first_row, height = block.chunks * LANES;
-                      const size_t bytes = size_t(left < height ? left : height) * sizeof(float);
-                      for (int t = 0; t < count; ++t)
-                          std::memcpy(out + (first + t) * stride + block.first_row,
-                                      totals + t * height, bytes);
+                      for (int t = 0; t < count; ++t) {
+                          float* to = out + (first + t) * stride + block.first_row;
+                          const float* from = totals + t * height;
+                          if (left < height)
+                              std::memcpy(to, from, size_t(left) * sizeof(float));
+                          else
+                              for (int64_t i = 0; i < height; i += LANES) store(to + i, load(from + i));
+                      }
                   });
 }
 

@@ -37,11 +37,40 @@ constexpr int DOT_SUMS = 3;
 #endif
 constexpr int DOT_TASKS = 64;
 
+#if defined(RL_AMX)
+// So many products of tiles of zeros, into four C.
+template <bool BYTES>
+static void dot_tiles(int64_t count) {
+    const TilesInUse tiles(TILE_ROWS);
+    for (int64_t k = 0; k < count; k += 4 * TILE_ROWS * LANES * (BYTES ? 64 : 32)) {
+        if constexpr (BYTES) {
+            RL_TILE_DOT(RL_UNSIGNED, 0, 4, 6);
+            RL_TILE_DOT(RL_UNSIGNED, 1, 5, 6);
+            RL_TILE_DOT(RL_UNSIGNED, 2, 4, 7);
+            RL_TILE_DOT(RL_UNSIGNED, 3, 5, 7);
+        } else {
+            RL_TILE_DOT(RL_BF16, 0, 4, 6);
+            RL_TILE_DOT(RL_BF16, 1, 5, 6);
+            RL_TILE_DOT(RL_BF16, 2, 4, 7);
+            RL_TILE_DOT(RL_BF16, 3, 5, 7);
+        }
+    }
+}
+#else
+template <bool BYTES>
+static void dot_tiles(int64_t) {}
+#endif
+
 template <class X>
 static void dot_floats(const void* arguments, Team& team) {
     const Measure& a = *static_cast<const Measure*>(arguments);
     using P = Panel<X>;
     team.run(DOT_TASKS, 1, [&](int64_t i) {
+        if constexpr (sums_in_halves<X>) {
+            dot_tiles<false>(a.count);
+            a.sink[i] = 0.0f;
+            return;
+        }
         alignas(64) const typename P::Item weights[P::step * LANES] = {};
         const typename P::Operand x[2] = {};
         const typename P::Item* volatile from = weights;  // for all the compiler knows, each time
@@ -61,6 +90,11 @@ static void dot_floats(const void* arguments, Team& team) {
 static void dot_int8(const void* arguments, Team& team) {
     const Measure& a = *static_cast<const Measure*>(arguments);
     team.run(DOT_TASKS, 1, [&](int64_t i) {
+        if constexpr (HAS_TILES) {
+            dot_tiles<true>(a.count);
+            a.sink[i] = 0.0f;
+            return;
+        }
         alignas(64) const char weights[64] = {};
         const ByteOperand x[4 * DOT_SUMS] = {};  // one for all would be multiplied once for all
         const char* volatile from = weights;

@@ -35,5 +35,13 @@ INLINE void unroll(Visit&& visit) {
     }(std::make_integer_sequence<int, N>{});
 }
 
+// Call visit with n as a constant, LEAST <= n <= MOST.
+template <int LEAST, int MOST, class Visit>
+INLINE void as_constant(int n, Visit&& visit) {
+    if constexpr (LEAST < MOST)
+        if (n < MOST) return as_constant<LEAST, MOST - 1>(n, visit);
+    visit(std::integral_constant<int, MOST>{});
+}
+
 }  // namespace RL_ISA
 }  // namespace roofline
