@@ -1,4 +1,4 @@
-// Attention by AMX: what the queries of a tile gather from a span, 32 positions at a time.
+// Attention by AMX: what the queries of a tile gather from a span, 128 positions at a time.
 //
 // Scores are products of tiles in bfloat16. The weights of values are float32; tiles multiply them as
 // two bfloat16 numbers, high + low, which is 16 bits of them. Sixteen queries are rows of a tile, and a
@@ -11,16 +11,17 @@
 namespace roofline {
 namespace RL_ISA {
 
-constexpr int STEP_POSITIONS = 32;
+constexpr int STEP_POSITIONS = 128;  // between which sums are scaled: many, as every stage waits for the one before
+constexpr int STEP_TILES = STEP_POSITIONS / TILE_ROWS;
 constexpr int CHUNKS_MIXED = 4;  // sixteen channels each, whose tiles are stored before they are added
 
 // Tiles of a step.
 struct TileRoom {
     alignas(64) char query[MAX_QUERIES / TILE_ROWS][MAX_HEAD_DIM / 32][TILE_BYTES];
-    alignas(64) char keys[MAX_HEAD_DIM / 32][2][TILE_BYTES];  // of sixteen positions, in pairs of channels
-    alignas(64) char values[MAX_HEAD_DIM / LANES][TILE_BYTES];  // of sixteen channels, in pairs of positions
-    alignas(64) float scores[4][TILE_ROWS * LANES];             // [tiles of queries][16 positions]
-    alignas(64) char weights[MAX_QUERIES / TILE_ROWS][2][TILE_BYTES];  // high, low
+    alignas(64) char keys[MAX_HEAD_DIM / 32][STEP_TILES][TILE_BYTES];  // of sixteen positions, in pairs of channels
+    alignas(64) char values[STEP_TILES / 2][MAX_HEAD_DIM / LANES][TILE_BYTES];  // in pairs of positions
+    alignas(64) float scores[STEP_TILES / 2][4][TILE_ROWS * LANES];  // of 32 positions: [tiles of queries][2]
+    alignas(64) char weights[MAX_QUERIES / TILE_ROWS][STEP_TILES / 2][2][TILE_BYTES];  // high, low
     alignas(64) float mixed[CHUNKS_MIXED][2][TILE_ROWS * LANES];
     float keep[MAX_QUERIES];  // by what earlier sums are multiplied
 };
@@ -30,10 +31,10 @@ INLINE __m512i load_channels(const uint16_t* from, int64_t left) {
     return _mm512_maskz_loadu_epi16(left >= 32 ? 0xffffffffu : 0xffffu, from);
 }
 
-// Keys of sixteen positions, of which `count` are there, as tiles B: [blocks of 32 channels][half].
-INLINE void key_tiles(const uint16_t* keys, int64_t dim, int count, int half, TileRoom& room) {
+// Keys of sixteen positions, of which `count` are there, as tiles B of each 32 channels.
+INLINE void key_tiles(const uint16_t* keys, int64_t dim, int count, int index, TileRoom& room) {
     for (int64_t d = 0; d < dim; d += 32) {
-        char* tile = room.keys[d / 32][half];
+        char* tile = room.keys[d / 32][index];
         if (count == LANES && d + 32 <= dim) {
             transpose(reinterpret_cast<const char*>(keys + d), dim * 2, tile);
             continue;
@@ -46,7 +47,7 @@ INLINE void key_tiles(const uint16_t* keys, int64_t dim, int count, int half, Ti
     }
 }
 
-INLINE void value_tiles(const uint16_t* values, int64_t dim, int count, int half, TileRoom& room) {
+INLINE void value_tiles(const uint16_t* values, int64_t dim, int count, int index, TileRoom& room) {
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (int t = 0; t < LANES; t += 2)
@@ -57,70 +58,119 @@ INLINE void value_tiles(const uint16_t* values, int64_t dim, int count, int half
             };
             const __m512i even = row(t), odd = row(t + 1);
             const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
-            const int64_t place = (half * LANES + t) / 2 * 64;
-            _mm512_store_si512(room.values[d / 16] + place, _mm512_permutex2var_epi64(low, first, high));
+            char* to = room.values[index / 2][d / 16] + (index % 2 * LANES + t) / 2 * 64;
+            _mm512_store_si512(to, _mm512_permutex2var_epi64(low, first, high));
             if (d + 16 < dim)
-                _mm512_store_si512(room.values[d / 16 + 1] + place, _mm512_permutex2var_epi64(low, second, high));
+                _mm512_store_si512(to + TILE_BYTES, _mm512_permutex2var_epi64(low, second, high));
         }
 }
 
-// The scores of one query at 32 positions, of which it sees [begin, end), become weights: in two
-// parts, and in sums. By what its earlier sums are to be multiplied.
-INLINE float weigh(const float* low_scores, const float* high_scores, Vec scale, int64_t begin, int64_t end,
-                   float& highest, float* weight, char* high_part, char* low_part) {
-    Vec low = load(low_scores) * scale, high = load(high_scores) * scale;
-    if (begin > 0 || end < STEP_POSITIONS) {
-        const int from = int(begin > 0 ? begin : 0), to = int(end < 0 ? 0 : end);
-        low = keep_lanes(low, from, to, -INFINITY);
-        high = keep_lanes(high, from - LANES, to - LANES, -INFINITY);
+// The largest of sixteen rows' lanes each; what of rows with a NaN is left open.
+INLINE Vec largest_of_rows(const Vec (&rows)[LANES]) {
+    __m512 a[8], b[4], c[2];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 x = rows[2 * i].v, y = rows[2 * i + 1].v;
+        a[i] = _mm512_max_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
     }
-    const bool broken = _mm512_cmp_ps_mask(low.v, high.v, _CMP_UNORD_Q) != 0;
-    const float top = broken ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(low.v, high.v));
-    if (top == -INFINITY) {  // all masked
-        _mm512_storeu_si512(high_part, _mm512_setzero_si512());
-        _mm512_storeu_si512(low_part, _mm512_setzero_si512());
-        return 1.0f;
+    for (int i = 0; i < 4; ++i) {  // four rows in each 128-bit lane
+        const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
-    const float higher = top > highest || top != top ? top : highest;
-    const Vec p[2] = {exponential(low - fill(higher)), exponential(high - fill(higher))};
-    float keep = 0.0f;
-    if (highest == higher) keep = 1.0f;
-    else if (highest != -INFINITY) keep = _mm512_cvtss_f32(exponential(fill(highest - higher)).v);
-    highest = higher;
-    store(weight, fma(load(weight), fill(keep), p[0] + p[1]));
+    for (int i = 0; i < 2; ++i)
+        c[i] = _mm512_max_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    return {_mm512_max_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
+}
+
+// A weight in two bfloat16 numbers, high + low; the low one is never 0 unless the weight is: that times
+// an infinite value would not be infinite.
+INLINE void store_parts(Vec first, Vec second, char* high, char* low) {
     __m512 upper[2], rest[2];
+    const Vec p[2] = {first, second};
     for (int i = 0; i < 2; ++i) {
         const __mmask16 seen = _mm512_cmp_ps_mask(p[i].v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
         upper[i] = _mm512_castsi512_ps(
             _mm512_and_si512(_mm512_castps_si512(p[i].v), _mm512_set1_epi32(int(0xffff0000u))));
-        // A weight's low part is never 0: that times an infinite value would not be infinite.
-        rest[i] = _mm512_mask_max_ps(_mm512_setzero_ps(), seen, _mm512_sub_ps(p[i].v, upper[i]),
-                                     _mm512_set1_ps(1.17549435e-38f));
+        rest[i] = _mm512_maskz_max_ps(seen, _mm512_sub_ps(p[i].v, upper[i]), _mm512_set1_ps(1.17549435e-38f));
     }
-    _mm512_storeu_si512(high_part, __m512i(_mm512_cvtne2ps_pbh(upper[1], upper[0])));
-    _mm512_storeu_si512(low_part, __m512i(_mm512_cvtne2ps_pbh(rest[1], rest[0])));
-    return keep;
+    _mm512_storeu_si512(high, __m512i(_mm512_cvtne2ps_pbh(upper[1], upper[0])));
+    _mm512_storeu_si512(low, __m512i(_mm512_cvtne2ps_pbh(rest[1], rest[0])));
 }
 
-// Scores of M tiles of queries: a step's 32 positions.
+// Scores of one tile of queries, `count` of them, at a step's positions become weights: in two parts,
+// and in their sums. query(row) sees positions [begin, end). NaN reaches a query's sums by its weight.
+template <class Sees>
+INLINE void weigh(TileRoom& room, int m, int count, int tiles, Vec scale, Sees&& sees, Gathering& g) {
+    const auto scores = [&](int tile, int row) { return room.scores[tile / 2][2 * m + tile % 2] + row * LANES; };
+    Vec tops[TILE_ROWS];
+    for (int row = 0; row < TILE_ROWS; ++row) tops[row] = fill(-INFINITY);
+    for (int row = 0; row < count; ++row) {
+        int64_t begin, end;
+        sees(row, begin, end);
+        for (int tile = 0; tile < tiles; ++tile, begin -= LANES, end -= LANES) {
+            Vec score = load(scores(tile, row)) * scale;
+            if (begin > 0 || end < LANES)
+                score = keep_lanes(score, int(begin > 0 ? begin : 0), int(end < 0 ? 0 : end), -INFINITY);
+            store(scores(tile, row), score);
+            tops[row] = largest(tops[row], score);
+        }
+    }
+    float* highest = g.highest + m * TILE_ROWS;
+    const Vec before = load(highest), higher = largest(before, largest_of_rows(tops));
+    const __mmask16 some = _mm512_cmp_ps_mask(higher.v, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+    const Vec base{_mm512_maskz_mov_ps(some, higher.v)};  // 0 where all is masked, so that weights are
+    alignas(64) float bases[LANES];
+    store(bases, base);
+    store(highest, higher);
+    store(room.keep + m * TILE_ROWS, exponential(before - base));
+    for (int row = 0; row < count; ++row) {
+        float* weight = g.weight + (m * TILE_ROWS + row) * LANES;
+        const Vec lowered = fill(bases[row]);
+        Vec sum = load(weight) * fill(room.keep[m * TILE_ROWS + row]);
+        for (int tile = 0; tile < tiles; tile += 2) {
+            const Vec p = exponential(load(scores(tile, row)) - lowered);
+            const Vec q = exponential(load(scores(tile + 1, row)) - lowered);
+            sum = sum + (p + q);
+            store_parts(p, q, room.weights[m][tile / 2][0] + row * 64, room.weights[m][tile / 2][1] + row * 64);
+        }
+        store(weight, sum);
+    }
+}
+
+// Scores of M tiles of queries.
 template <int M>
-INLINE void score_tiles(TileRoom& room, int64_t blocks) {
-    begin_sums<M, 2>(true, room.scores);
-    add_products<M, 2>(room.query[0][0], room.query[M - 1][0], TILE_BYTES, room.keys[0][0], 2 * TILE_BYTES, blocks);
-    store_sums<M, 2>(room.scores);
+INLINE void score_tiles(TileRoom& room, int64_t blocks, int tiles) {
+    for (int tile = 0; tile < tiles; tile += 2) {
+        auto* scores = room.scores[tile / 2];
+        begin_sums<M, 2>(true, scores);
+        add_products<M, 2>(room.query[0][0], room.query[M - 1][0], TILE_BYTES, room.keys[0][tile],
+                           STEP_TILES * TILE_BYTES, blocks);
+        store_sums<M, 2>(scores);
+    }
 }
 
 // Weights times values, `chunks` times sixteen channels from `first` on.
 template <int M>
-INLINE void mix_tiles(TileRoom& room, int first, int chunks) {
+INLINE void mix_tiles(TileRoom& room, int first, int chunks, int tiles) {
     for (int c = 0; c < chunks; ++c) {
         RL_TILE_ZERO(0);
         if constexpr (M == 2) RL_TILE_ZERO(1);
-        RL_TILE_LOAD(6, room.values[first + c], 64);
-        RL_TILE_DOT(RL_BF16, 0, 2, 6);
-        if constexpr (M == 2) RL_TILE_DOT(RL_BF16, 1, 4, 6);
-        RL_TILE_DOT(RL_BF16, 0, 3, 6);
-        if constexpr (M == 2) RL_TILE_DOT(RL_BF16, 1, 5, 6);
+        for (int i = 0; i < tiles / 2; ++i) {
+            RL_TILE_LOAD(6, room.values[i][first + c], 64);
+            RL_TILE_LOAD(4, room.weights[0][i][0], 64);
+            RL_TILE_DOT(RL_BF16, 0, 4, 6);
+            if constexpr (M == 2) {
+                RL_TILE_LOAD(5, room.weights[1][i][0], 64);
+                RL_TILE_DOT(RL_BF16, 1, 5, 6);
+            }
+            RL_TILE_LOAD(4, room.weights[0][i][1], 64);
+            RL_TILE_DOT(RL_BF16, 0, 4, 6);
+            if constexpr (M == 2) {
+                RL_TILE_LOAD(5, room.weights[1][i][1], 64);
+                RL_TILE_DOT(RL_BF16, 1, 5, 6);
+            }
+        }
         RL_TILE_STORE(0, room.mixed[c][0], 64);
         if constexpr (M == 2) RL_TILE_STORE(1, room.mixed[c][1], 64);
     }
@@ -136,6 +186,7 @@ static void attend_tiles(const Attention& a, const QueryTile& tile, int64_t kv_h
     const int64_t blocks = ceil_div(dim, 32);
     const Vec scale = fill(float(a.scale));
     g.clear(queries, dim);
+    for (int64_t q = queries; q < MAX_QUERIES; ++q) g.highest[q] = -INFINITY;
     TileRoom room;
     for (int64_t q = 0; q < ceil_div(queries, TILE_ROWS) * TILE_ROWS; ++q) {
         const uint16_t* own = static_cast<const uint16_t*>(a.query) +
@@ -143,11 +194,8 @@ static void attend_tiles(const Attention& a, const QueryTile& tile, int64_t kv_h
         for (int64_t d = 0; d < dim; d += 32)
             _mm512_store_si512(room.query[q / TILE_ROWS][d / 32] + q % TILE_ROWS * 64,
                                q < queries ? load_channels(own + d, dim - d) : _mm512_setzero_si512());
-        if (q >= queries) {  // nobody's weights
-            _mm512_store_si512(room.weights[q / TILE_ROWS][0] + q % TILE_ROWS * 64, _mm512_setzero_si512());
-            _mm512_store_si512(room.weights[q / TILE_ROWS][1] + q % TILE_ROWS * 64, _mm512_setzero_si512());
-        }
     }
+    if (queries % TILE_ROWS) std::memset(room.weights[queries / TILE_ROWS], 0, sizeof room.weights[0]);  // nobody's
     const auto page = [&](int64_t place) {  // where sixteen positions lie in keys and values
         const int64_t block = a.block_table[tile.row * a.table_width + place / a.block_tokens];
         return ((block * a.kv_heads + kv_head) * a.block_tokens + place % a.block_tokens) * dim;
@@ -156,37 +204,37 @@ static void attend_tiles(const Attention& a, const QueryTile& tile, int64_t kv_h
     const auto* values = static_cast<const uint16_t*>(a.values);
     const TilesInUse tiles(TILE_ROWS);
     for (int64_t place = begins; place < ends; place += STEP_POSITIONS) {
-        for (int half = 0; half < 2; ++half) {
-            const int64_t from = place + half * LANES, left = context - from;
-            const int count = int(left < 0 ? 0 : left < LANES ? left : LANES);
+        const int64_t left = ends - place < STEP_POSITIONS ? ends - place : STEP_POSITIONS;
+        const int used = int(ceil_div(left, 2 * LANES)) * 2;  // tiles, in pairs
+        for (int i = 0; i < used; ++i) {
+            const int64_t from = place + i * LANES, there = context - from;
+            const int count = int(there < 0 ? 0 : there < LANES ? there : LANES);
             const int64_t at = count ? page(from) : 0;
-            key_tiles(keys + at, dim, count, half, room);
-            value_tiles(values + at, dim, count, half, room);
-            if (from + STEP_POSITIONS < ends) {  // pages are too short for the machine to see what comes next
-                const int64_t next = page(from + STEP_POSITIONS);
-                for (int64_t i = 0; i < LANES * dim; i += 32) {
-                    __builtin_prefetch(keys + next + i);
-                    __builtin_prefetch(values + next + i);
+            key_tiles(keys + at, dim, count, i, room);
+            value_tiles(values + at, dim, count, i, room);
+            if (from + 2 * LANES < ends) {  // pages are too short for the machine to see what comes next
+                const int64_t next = page(from + 2 * LANES);
+                for (int64_t k = 0; k < LANES * dim; k += 32) {
+                    __builtin_prefetch(keys + next + k);
+                    __builtin_prefetch(values + next + k);
                 }
             }
         }
         const bool two = queries > TILE_ROWS;
-        if (two) score_tiles<2>(room, blocks);
-        else score_tiles<1>(room, blocks);
-        for (int64_t q = 0; q < queries; ++q) {
-            const int64_t own = tile.position + q / shared, m = q / TILE_ROWS, row = q % TILE_ROWS;
-            room.keep[q] = weigh(room.scores[2 * m] + row * LANES, room.scores[2 * m + 1] + row * LANES, scale,
-                                 a.window ? own - a.window + 1 - place : 0, own + 1 - place, g.highest[q],
-                                 g.weight + q * LANES, room.weights[m][0] + row * 64, room.weights[m][1] + row * 64);
+        if (two) score_tiles<2>(room, blocks, used);
+        else score_tiles<1>(room, blocks, used);
+        for (int m = 0; m * TILE_ROWS < queries; ++m) {
+            const int64_t query = m * TILE_ROWS, count = queries - query < TILE_ROWS ? queries - query : TILE_ROWS;
+            const auto sees = [&](int row, int64_t& begin, int64_t& end) {
+                const int64_t own = tile.position + (query + row) / shared;
+                begin = a.window ? own - a.window + 1 - place : 0, end = own + 1 - place;
+            };
+            weigh(room, m, int(count), used, scale, sees, g);
         }
-        RL_TILE_LOAD(2, room.weights[0][0], 64);
-        RL_TILE_LOAD(3, room.weights[0][1], 64);
-        if (two) RL_TILE_LOAD(4, room.weights[1][0], 64);
-        if (two) RL_TILE_LOAD(5, room.weights[1][1], 64);
         for (int first = 0; first < dim / LANES; first += CHUNKS_MIXED) {
             const int left = int(dim / LANES) - first, chunks = left < CHUNKS_MIXED ? left : CHUNKS_MIXED;
-            if (two) mix_tiles<2>(room, first, chunks);
-            else mix_tiles<1>(room, first, chunks);
+            if (two) mix_tiles<2>(room, first, chunks, used);
+            else mix_tiles<1>(room, first, chunks, used);
             for (int64_t q = 0; q < queries; ++q) {
                 const Vec keep = fill(room.keep[q]);
                 float* mixed = g.mixed + q * MAX_HEAD_DIM + first * LANES;

@@ -170,19 +170,56 @@ INLINE void add_products(const char* a, const char* a2, int64_t a_step, const ch
     }
 }
 
-// Rows of a C of so many tokens onto their totals, `stride` floats apart.
+// How stored C go onto totals.
 enum Finish { PUT, SCALE, ADD };
-template <int FINISH>
-INLINE void put_rows(const float* sum, float* total, int count, int64_t stride, Vec scale) {
-    const auto put_row = [&](int row) INLINED {
-        const Vec value = load(sum + row * LANES);
-        float* to = total + row * stride;
-        if constexpr (FINISH == PUT) store(to, value);
-        else store(to, fma(value, scale, FINISH == ADD ? load(to) : fill(0.0f)));
-    };
-    if (count == TILE_ROWS) return unroll<TILE_ROWS>([&](auto row) INLINED { put_row(row); });
-    for (int row = 0; row < count; ++row) put_row(row);
-}
+
+// A C that is stored, and the totals of its tokens, `stride` floats apart.
+struct Stored {
+    const float* sums;
+    float* totals;
+    const float* scales;
+    int count;  // of tokens
+
+    template <int FINISH>
+    INLINE void finish(int64_t stride) const {
+        const Vec scale = FINISH == PUT ? fill(1.0f) : load(scales);
+        const auto row = [&](int i) INLINED {
+            const Vec value = load(sums + i * LANES);
+            float* to = totals + i * stride;
+            if constexpr (FINISH == PUT) store(to, value);
+            else store(to, fma(value, scale, FINISH == ADD ? load(to) : fill(0.0f)));
+        };
+        if (count == TILE_ROWS) return unroll<TILE_ROWS>([&](auto i) INLINED { row(i); });
+        for (int i = 0; i < count; ++i) row(i);
+    }
+};
+
+// C that were stored, and are added to their totals while tiles work on what comes next.
+class Pending {
+  public:
+    explicit Pending(int64_t stride) : stride_(stride) {}
+
+    // Where the next C are stored.
+    float (*sums())[TILE_ROWS * LANES] { return sums_[turn_]; }
+    void add(const Stored& stored) { stored_[count_++] = stored; }
+    void stored(Finish how) { how_ = how, turn_ ^= 1; }
+
+    void finish() {
+        for (int i = 0; i < count_; ++i) {
+            if (how_ == ADD) stored_[i].finish<ADD>(stride_);
+            else if (how_ == SCALE) stored_[i].finish<SCALE>(stride_);
+            else stored_[i].finish<PUT>(stride_);
+        }
+        count_ = 0;
+    }
+
+  private:
+    alignas(64) float sums_[2][4][TILE_ROWS * LANES];
+    Stored stored_[4];
+    const int64_t stride_;
+    Finish how_ = PUT;
+    int count_ = 0, turn_ = 0;
+};
 
 // Columns that are widened at a time: some whole groups, or a part of a long one.
 struct Slab {
@@ -247,8 +284,8 @@ INLINE void widen_slab(const Weight& w, const Block& block, const Slab& slab, ch
 INLINE void multiply_bf16_tiles(const Weight& w, const Block& block, int tokens, const Tiled& x,
                                 int64_t first, float* totals) {
     alignas(64) char panel[SLAB_COLUMNS * MAX_CHUNKS * LANES * 2];
-    alignas(64) float sums[4][TILE_ROWS * LANES];
     const int height = int(block.chunks);
+    Pending pending(height * LANES);
     const int64_t a_step = x.tokens * 2 * DOT_COLUMNS, b_step = height * TILE_BYTES;
     const WithoutDenormals<true> as_tiles_do;
     const TilesInUse tiles(int(x.tokens < TILE_ROWS ? x.tokens : TILE_ROWS));
@@ -268,33 +305,32 @@ INLINE void multiply_bf16_tiles(const Weight& w, const Block& block, int tokens,
                 const auto products = [&](auto m, auto c, int token, int chunk) INLINED {
                     const TokenTile rows[2] = {token_tile(first + token, x.tokens),
                                                token_tile(first + token + (m - 1) * TILE_ROWS, x.tokens)};
-                    const auto each = [&](auto&& visit) INLINED {  // sums, totals, rows, chunk
+                    float(*sums)[TILE_ROWS * LANES] = pending.sums();
+                    const auto each = [&](auto&& visit) INLINED {  // first float, totals, tokens, chunk
                         unroll<m>([&](auto i) INLINED {
                             unroll<c>([&](auto j) INLINED {
-                                const int done = rows[i].done;
-                                visit(sums[m == 2 ? 2 * i + j : j] + done * LANES,
+                                visit(sums[m == 2 ? 2 * i + j : j] + rows[i].done * LANES,
                                       totals + ((token + i * TILE_ROWS) * height + chunk + j) * LANES,
-                                      rows[i].rows - done, chunk + j);
+                                      rows[i].rows - rows[i].done, chunk + j);
                             });
                         });
                     };
-                    if (!slab.starts)
+                    if (!slab.starts) {
+                        pending.finish();
                         each([&](float* sum, const float* kept, int count, int) {
                             for (int row = 0; row < count; ++row)
                                 store(sum + row * LANES, load(kept + row * height * LANES));
                         });
+                    }
                     begin_sums<m, c>(slab.starts, sums);
                     add_products<m, c>(a + rows[0].first * 64, a + rows[m - 1].first * 64, a_step,
                                        b + chunk * TILE_BYTES, b_step, blocks);
+                    pending.finish();
                     store_sums<m, c>(sums);
-                    each([&](const float* sum, float* total, int count, int j) INLINED {
-                        if (!slab.ends || !scales)
-                            put_rows<PUT>(sum, total, count, height * LANES, fill(1.0f));
-                        else if (g)
-                            put_rows<ADD>(sum, total, count, height * LANES, load(scales + j * LANES));
-                        else
-                            put_rows<SCALE>(sum, total, count, height * LANES, load(scales + j * LANES));
+                    each([&](const float* sum, float* total, int count, int j) {
+                        pending.add({sum, total, scales + j * LANES, count});
                     });
+                    pending.stored(!slab.ends || !scales ? PUT : g ? ADD : SCALE);
                 };
                 using One = std::integral_constant<int, 1>;
                 using Two = std::integral_constant<int, 2>;
@@ -313,6 +349,7 @@ INLINE void multiply_bf16_tiles(const Weight& w, const Block& block, int tokens,
             }
         }
     });
+    pending.finish();
 }
 
 // The same with INT8 activations.
