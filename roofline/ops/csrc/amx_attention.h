@@ -145,7 +145,7 @@ INLINE void score_tiles(TileRoom& room, int64_t blocks, int tiles) {
         auto* scores = room.scores[tile / 2];
         begin_sums<M, 2>(true, scores);
         add_products<M, 2>(room.query[0][0], room.query[M - 1][0], TILE_BYTES, room.keys[0][tile],
-                           STEP_TILES * TILE_BYTES, blocks);
+                           STEP_TILES * TILE_BYTES, blocks, [] {});
         store_sums<M, 2>(scores);
     }
 }
@@ -212,7 +212,7 @@ static void attend_tiles(const Attention& a, const QueryTile& tile, int64_t kv_h
             const int64_t at = count ? page(from) : 0;
             key_tiles(keys + at, dim, count, i, room);
             value_tiles(values + at, dim, count, i, room);
-            if (from + 2 * LANES < ends) {  // pages are too short for the machine to see what comes next
+            if (queries <= TILE_ROWS && from + 2 * LANES < ends) {  // pages are too short for the machine to see what comes next
                 const int64_t next = page(from + 2 * LANES);
                 for (int64_t k = 0; k < LANES * dim; k += 32) {
                     __builtin_prefetch(keys + next + k);

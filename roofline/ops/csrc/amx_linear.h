@@ -144,10 +144,11 @@ INLINE void store_sums(float (*sums)[TILE_ROWS * LANES]) {
     if constexpr (M * C == 4) RL_TILE_STORE(3, sums[3], 64);
 }
 
-// C of tile m and chunk c is number 2 m + c, or with one tile c.
-template <int M, int C>
+// C of tile m and chunk c is number 2 m + c, or with one tile c. `meanwhile` is done once a block: tiles
+// are slower than what brings them.
+template <int M, int C, class Meanwhile>
 INLINE void add_products(const char* a, const char* a2, int64_t a_step, const char* b, int64_t b_step,
-                         int64_t blocks) {
+                         int64_t blocks, Meanwhile&& meanwhile) {
     for (; blocks; --blocks, a += a_step, a2 += a_step, b += b_step) {
         RL_TILE_LOAD(4, a, 64);
         if constexpr (M == 2) RL_TILE_LOAD(5, a2, 64);
@@ -167,6 +168,7 @@ INLINE void add_products(const char* a, const char* a2, int64_t a_step, const ch
             RL_TILE_LOAD(7, b + 3 * TILE_BYTES, 64);
             RL_TILE_DOT(RL_BF16, 3, 4, 7);
         }
+        meanwhile();
     }
 }
 
@@ -204,13 +206,16 @@ class Pending {
     void add(const Stored& stored) { stored_[count_++] = stored; }
     void stored(Finish how) { how_ = how, turn_ ^= 1; }
 
+    // Add one of them.
+    INLINE void finish_one() {
+        if (!count_) return;
+        const Stored& stored = stored_[--count_];
+        if (how_ == ADD) stored.finish<ADD>(stride_);
+        else if (how_ == SCALE) stored.finish<SCALE>(stride_);
+        else stored.finish<PUT>(stride_);
+    }
     void finish() {
-        for (int i = 0; i < count_; ++i) {
-            if (how_ == ADD) stored_[i].finish<ADD>(stride_);
-            else if (how_ == SCALE) stored_[i].finish<SCALE>(stride_);
-            else stored_[i].finish<PUT>(stride_);
-        }
-        count_ = 0;
+        while (count_) finish_one();
     }
 
   private:
@@ -324,7 +329,7 @@ INLINE void multiply_bf16_tiles(const Weight& w, const Block& block, int tokens,
                     }
                     begin_sums<m, c>(slab.starts, sums);
                     add_products<m, c>(a + rows[0].first * 64, a + rows[m - 1].first * 64, a_step,
-                                       b + chunk * TILE_BYTES, b_step, blocks);
+                                       b + chunk * TILE_BYTES, b_step, blocks, [&] { pending.finish_one(); });
                     pending.finish();
                     store_sums<m, c>(sums);
                     each([&](const float* sum, float* total, int count, int j) {
@@ -352,11 +357,45 @@ INLINE void multiply_bf16_tiles(const Weight& w, const Block& block, int tokens,
     pending.finish();
 }
 
+// Two planes of sums of up to sixteen tokens and two chunks, in one of two rooms.
+struct ByteSums {
+    alignas(64) int32_t high[2][2][TILE_ROWS * LANES], low[2][2][TILE_ROWS * LANES];
+};
+
+// Those that were stored, and are added to their totals while tiles work on what comes next.
+struct PendingBytes {
+    const int32_t *high, *low;  // [chunks][16][16], of the first token
+    const float *scales, *units;
+    const int32_t* starts;
+    float* totals;
+    int64_t parts, stride;  // from token to token
+    int count, chunks, next;
+    bool first;  // of the row's parts
+
+    // Add some tokens.
+    INLINE void finish(int tokens) {
+        for (const int end = next + tokens < count ? next + tokens : count; next < end; ++next) {
+            const __m512i start = _mm512_set1_epi32(starts[next * parts]);
+            const Vec unit = fill(units[next * parts]);
+            for (int j = 0; j < chunks; ++j) {
+                const int64_t at = (j * TILE_ROWS + next) * LANES;
+                const __m512i whole = _mm512_slli_epi32(_mm512_loadu_si512(high + at), 8);
+                const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(whole, _mm512_loadu_si512(low + at)), start);
+                float* total = totals + next * stride + j * LANES;
+                const Vec so_far = first ? fill(0.0f) : load(total);
+                store(total, fma(to_floats(Ints{sum}), load(scales + j * LANES) * unit, so_far));
+            }
+        }
+    }
+};
+
 // The same with INT8 activations.
 INLINE void multiply_byte_tiles(const Weight& w, const Block& block, int tokens, const Tiled& x, int64_t first,
                                 float* totals) {
     alignas(64) char ends[2 * TILE_BYTES];  // of a part that is no whole block
-    alignas(64) int32_t sums[4][TILE_ROWS * LANES];
+    ByteSums sums;
+    PendingBytes pending{};
+    int turn = 0;
     const int height = int(block.chunks);
     const int64_t a_step = x.tokens * 2 * DOT_BYTE_COLUMNS, b_row = height * 64;
     const TilesInUse tiles(int(x.tokens < TILE_ROWS ? x.tokens : TILE_ROWS));
@@ -368,13 +407,9 @@ INLINE void multiply_byte_tiles(const Weight& w, const Block& block, int tokens,
                 const char* quads = block.values + part.begin / 4 * b_row + chunk * 64;
                 const char* last = quads + (blocks - 1) * TILE_ROWS * b_row;
                 int64_t last_row = b_row;
-                if (part.columns % DOT_BYTE_COLUMNS) {
-                    for (int i = 0; i < TILE_ROWS; ++i)
-                        for (int j = 0; j < c; ++j) {
-                            char* to = ends + (i * c + j) * 64;
-                            if (4 * i < part.columns % DOT_BYTE_COLUMNS) std::memcpy(to, last + i * b_row + j * 64, 64);
-                            else std::memset(to, 0, 64);
-                        }
+                if (const int64_t left = part.columns % DOT_BYTE_COLUMNS) {
+                    std::memset(ends, 0, sizeof ends);
+                    for (int i = 0; 4 * i < left; ++i) std::memcpy(ends + i * c * 64, last + i * b_row, c * 64);
                     last = ends, last_row = c * 64;
                 }
                 for (int token = 0; token < tokens; token += TILE_ROWS) {
@@ -385,11 +420,12 @@ INLINE void multiply_byte_tiles(const Weight& w, const Block& block, int tokens,
                     RL_TILE_ZERO(2);
                     RL_TILE_ZERO(3);
                     for (int64_t i = 0; i < blocks; ++i, from += a_step) {
-                        const char* b = i + 1 < blocks ? quads + i * TILE_ROWS * b_row : last;
-                        const int64_t b_stride = i + 1 < blocks ? b_row : last_row;
-                        if (token == 0 && i + 1 < blocks + (last_row == b_row))
+                        const bool ends_here = i + 1 == blocks;
+                        const char* b = ends_here ? last : quads + i * TILE_ROWS * b_row;
+                        const int64_t b_stride = ends_here ? last_row : b_row;
+                        if (token == 0)
                             for (int r = 0; r < TILE_ROWS; ++r)
-                                for (int j = 0; j < c; ++j) __builtin_prefetch(b + r * b_row + j * 64 + AHEAD);
+                                __builtin_prefetch(quads + (i * TILE_ROWS + r) * b_row + AHEAD);
                         RL_TILE_LOAD(4, from, 128);
                         RL_TILE_LOAD(5, from + DOT_BYTE_COLUMNS, 128);
                         RL_TILE_LOAD(6, b, b_stride);
@@ -400,30 +436,26 @@ INLINE void multiply_byte_tiles(const Weight& w, const Block& block, int tokens,
                             RL_TILE_DOT(RL_SIGNED, 2, 4, 7);
                             RL_TILE_DOT(RL_UNSIGNED, 3, 5, 7);
                         }
+                        pending.finish(TILE_ROWS / 2);
                     }
-                    RL_TILE_STORE(0, sums[0], 64);
-                    RL_TILE_STORE(1, sums[1], 64);
+                    pending.finish(TILE_ROWS);
+                    RL_TILE_STORE(0, sums.high[turn][0], 64);
+                    RL_TILE_STORE(1, sums.low[turn][0], 64);
                     if constexpr (c == 2) {
-                        RL_TILE_STORE(2, sums[2], 64);
-                        RL_TILE_STORE(3, sums[3], 64);
+                        RL_TILE_STORE(2, sums.high[turn][1], 64);
+                        RL_TILE_STORE(3, sums.low[turn][1], 64);
                     }
-                    for (int row = rows.done; row < rows.rows; ++row) {
-                        const int64_t place = (rows.first + row) * x.parts + part.index;
-                        const __m512i start = _mm512_set1_epi32(x.starts[place]);
-                        const Vec unit = fill(x.units[place]);
-                        for (int j = 0; j < c; ++j) {
-                            const __m512i high = _mm512_load_si512(sums[2 * j] + row * LANES);
-                            const __m512i low = _mm512_load_si512(sums[2 * j + 1] + row * LANES);
-                            const Ints sum{_mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), start)};
-                            float* total = totals + ((token + row - rows.done) * height + chunk + j) * LANES;
-                            const Vec scale = load(block.scales + (part.group * height + chunk + j) * LANES) * unit;
-                            store(total, fma(to_floats(sum), scale, part.begin ? load(total) : fill(0.0f)));
-                        }
-                    }
+                    const int64_t place = (rows.first + rows.done) * x.parts + part.index;
+                    pending = {sums.high[turn][0] + rows.done * LANES, sums.low[turn][0] + rows.done * LANES,
+                               block.scales + (part.group * height + chunk) * LANES, x.units + place,
+                               x.starts + place, totals + (token * height + chunk) * LANES, x.parts,
+                               height * LANES, rows.rows - rows.done, c, 0, part.begin == 0};
+                    turn ^= 1;
                 }
             });
         a += blocks * a_step;
     });
+    pending.finish(TILE_ROWS);
 }
 
 static void multiply_tiles(const Weight& w, const Block& block, int tokens, const Tiled& x, int64_t first,

@@ -73,10 +73,14 @@ INLINE void store_bf16(uint16_t* p, Vec a) {
     const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
-// Column i of four INT8 columns of sixteen rows, [16][4].
+// Column i of four INT8 columns of sixteen rows, [16][4]: a byte, 128 too large, is put under the
+// exponent of 2^23, from which that and 128 are taken.
 INLINE Vec int8_column(const int8_t* p, int i) {
-    const __m512i top = _mm512_slli_epi32(_mm512_loadu_si512(p), unsigned(24 - 8 * i));
-    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24))};
+    const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(char(0x80)));
+    const __m512i first = _mm512_setr4_epi32(0, 4, 8, 12), magic = _mm512_set1_epi32(0x4b000000);
+    const __m512i from = _mm512_add_epi32(first, _mm512_set1_epi32(i));
+    const __m512i under = _mm512_mask_shuffle_epi8(magic, 0x1111111111111111, raised, from);
+    return {_mm512_sub_ps(_mm512_castsi512_ps(under), _mm512_set1_ps(8388736.0f))};
 }
 // Column i of two bfloat16 columns of sixteen rows, [16][2].
 INLINE Vec bf16_column(const uint16_t* p, int i) {
