@@ -27,6 +27,7 @@ from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, pack
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
 from roofline.ops.gpu.stream import StreamPlan, plan_stream
+from roofline.ops.gpu.wide import BLOCK_SLABS, MOST_SHARED, SLAB_ROWS, WidePlan, tile_of
 
 SHAPES = {  # rows, columns, paired
     "qkv": (6144, 4096, False),
@@ -40,6 +41,7 @@ WORKING_SET_BYTES = 400_000_000  # several times the second cache
 ROUNDS = 9
 SCRATCH_VALUES = 1 << 28  # float32, 1 GiB
 SHARED_BYTES = 230_000  # of a multiprocessor, for blocks
+MULTIPROCESSORS = 132  # of a whole Hopper
 
 GEMVS = [
     GemvPlan(rows, chunks, warps)
@@ -63,8 +65,8 @@ class Candidate:
 
     shape: str
     tokens: int
-    kind: str  # stream, gemv, tiles, library, library_copy; `_int8` with rounded activations
-    plan: StreamPlan | GemvPlan | TilesPlan | None
+    kind: str  # stream, wide, gemv, tiles, library, library_copy; `_int8`: rounded activations
+    plan: StreamPlan | WidePlan | GemvPlan | TilesPlan | None
 
 
 def candidates(shapes: list[str], tokens: list[int], prompts: list[int]) -> Iterator[Candidate]:
@@ -76,6 +78,7 @@ def candidates(shapes: list[str], tokens: list[int], prompts: list[int]) -> Iter
         for planes, kind in ((2, "stream"), (1, "stream_int8")):
             for stream in stream_plans(count, planes, SHAPES[shape][1]):
                 yield Candidate(shape, count, kind, stream)
+        yield from (Candidate(shape, count, "wide", plan) for plan in wide_plans(shape, count))
         tile = 16 if count <= 16 else 32 if count <= 32 else 64
         splits = (1,) if shape in ("gate_up", "head") else SPLITS
         for (rows, warps, stages), split in itertools.product(FEW, splits):
@@ -84,6 +87,7 @@ def candidates(shapes: list[str], tokens: list[int], prompts: list[int]) -> Iter
                 plan = TilesPlan(rows, tile, split, warps, stages)
                 yield Candidate(shape, count, "tiles_int8", plan)
     for shape, count in itertools.product([s for s in shapes if s != "head"], prompts):
+        yield from (Candidate(shape, count, "wide", plan) for plan in wide_plans(shape, count))
         for plan, kind in itertools.product(MANY, ("tiles", "tiles_int8")):
             yield Candidate(shape, count, kind, plan)
         yield Candidate(shape, count, "library", None)
@@ -103,6 +107,23 @@ def stream_plans(tokens: int, planes: int, columns: int) -> Iterator[StreamPlan]
         in_registers = held < 2 or own * plan.token_tiles <= 8
         if plan != rule and in_registers and waves * plan.shared_bytes(tokens) <= SHARED_BYTES:
             yield plan
+
+
+def wide_plans(shape: str, tokens: int) -> list[WidePlan]:
+    """As many rows a block as give each multiprocessor one, by how many blocks share K."""
+    if not 16 < tokens <= 512:
+        return []
+    slabs, tile = SHAPES[shape][0] // SLAB_ROWS, tile_of(tokens)
+    found: dict[WidePlan, None] = {}
+    for splits, lost in itertools.product(range(1, 9), range(4)):  # clusters that do not fit
+        clusters = MULTIPROCESSORS // splits - lost
+        if splits > 1 and clusters * BLOCK_SLABS < slabs:
+            continue
+        mine = -(-slabs // (clusters * -(-slabs // (BLOCK_SLABS * clusters))))
+        rings = ((2, 4), (3, 3), (3, 4), (4, 4), (6, 5))
+        plans = [WidePlan(tile, mine, splits, depth, held) for depth, held in rings]
+        found |= dict.fromkeys(plan for plan in plans if plan.shared_bytes <= MOST_SHARED)
+    return list(found)
 
 
 class Bench:
@@ -126,6 +147,10 @@ class Bench:
         rounds = candidate.kind.endswith("_int8")
         packed = [self._packed(w, candidate.kind, rounds) for w in self.weights]
         plan, streams, steps = candidate.plan, self.linears.streams, None
+        if isinstance(plan, WidePlan):
+            wides, laid = self.linears.wides, self.linears.laid(x, Room(self.scratch))
+            assert wides is not None
+            return [partial(wides.multiply, laid, w, out, None, plan) for w in packed]
         if rounds or isinstance(plan, StreamPlan):
             layout = packed[0].layout
             assert isinstance(layout, Layout)
@@ -141,7 +166,7 @@ class Bench:
         out: Tensor,
     ) -> Callable[[], None]:  # fmt: skip
         plan, linears = candidate.plan, self.linears
-        assert not isinstance(plan, StreamPlan)
+        assert not isinstance(plan, StreamPlan | WidePlan)
         if isinstance(plan, GemvPlan):
             return lambda: linears.gemv(x, steps, weight, out, None, plan)
         if plan is None:

@@ -3,7 +3,7 @@
 A layer of one decoding token is seven launches: norm, QKV with RoPE and the write to the cache,
 attention, output projection, norm, gate and up with SwiGLU, down projection. Where heads are normed
 or the cache is quantised, RoPE and the write are an eighth. Up to 16 tokens round the inputs of two
-projections in two more; from there on, two more sum splits.
+projections in two more, or lay them out; where Triton multiplies, two more sum splits.
 """
 
 import torch
@@ -22,6 +22,7 @@ from roofline.ops.gpu.triton_support import (
     power_of_two,
     supports_pdl,
 )
+from roofline.ops.gpu.wide import Laid
 
 
 class GpuOps(Ops):
@@ -43,6 +44,8 @@ class GpuOps(Ops):
         """Have the kernels in CUDA C++ compiled, for a cache of dtype `kept`, None: in integers."""
         if self._linears.streams is not None:
             self._linears.streams.prepare(self.dtype, planes, shapes, kept)
+        if self._linears.wides is not None and planes == 2:
+            self._linears.wides.prepare(self.dtype, shapes)
 
     def prepare_step(self, inputs: StepInputs) -> None:
         """See `Ops.prepare_step`: cut the step's attention into tasks, on the device."""
@@ -86,7 +89,8 @@ class GpuOps(Ops):
         cache, weight = _layer_of(kv_cache, layer), _packed(qkv)
         x = self._normed(residual, delta, norm, eps, weight, room, update=delta is not None)
         plain = cache.scales is None and q_norm is None and k_norm is None
-        if plain and self._linears.fuses_rope(weight, len(out), out.shape[2]):
+        fuses = plain and self._linears.fuses_rope(weight, len(out), out.shape[2])
+        if fuses and not isinstance(x, Laid):
             self._linears.multiply_rope_store(x, weight, bias, rope, inputs, cache, out, room)
             return
         mixed = self._linears.multiply_in_parts(x, len(out), weight, room)
@@ -180,10 +184,10 @@ class GpuOps(Ops):
         *,
         update: bool,
         sampled: Tensor | None = None,
-    ) -> Tensor | Planes:
+    ) -> Tensor | Planes | Laid:
         """RMSNorm of residual + delta, [n, H]: of all or the sampled tokens, as it is multiplied.
 
-        Planes where `weight` takes them in groups of 128; else floats.
+        Planes where `weight` takes them in groups of 128; else floats, laid out for `wide` or not.
         """
         hidden = residual.shape[1]
         tokens, layout = len(residual if sampled is None else sampled), layout_of(weight)
@@ -191,18 +195,21 @@ class GpuOps(Ops):
         if layout.group == STREAM_GROUP and layout.offset % STREAM_GROUP == 0:
             planes = self._linears.planes(layout, tokens)
         block = max(STREAM_GROUP, power_of_two(hidden))
-        x: Tensor | Planes
+        x: Tensor | Planes | Laid
+        steps, stride, is_wide = None, 0, self._linears.is_wide(layout, tokens)
         if planes:
             x = self._linears.room_for_planes(planes, tokens, hidden, layout.groups, room)
-            out, steps = x.values, x.steps
+            out, steps, stride = x.values, x.steps, x.steps.stride(0)
+        elif is_wide:
+            x = self._linears.room_for_laid(tokens, hidden, self.dtype, room)
+            out, stride = x.values, x.values.shape[1]
         else:
             x = out = room.take((tokens, hidden), self.dtype)
-            steps = None
         launch(
             norms.add_norm, (tokens,), self._pdl,
             residual, delta, sampled, norm, out, steps,
             None if sampled is None else self._infinite,
-            hidden, eps, 0 if steps is None else steps.stride(0), UPDATE=update, PLANES=planes,
+            hidden, eps, stride, LAID=is_wide, UPDATE=update, PLANES=planes,
             FLOAT=TRITON_DTYPES[self.dtype], BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
         return x

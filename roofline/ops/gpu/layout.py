@@ -18,6 +18,8 @@ STREAM_GROUP = 128  # columns that share a scale in what `stream` multiplies
 STREAM_ROWS, STREAM_COLUMNS = 16, 64  # that its matrices are multiples of
 STREAM_TOKENS = 16  # at most
 STREAM_BYTES = 8 << 20  # of a matrix; with a smaller one `gemv` is done sooner with one token
+WIDE_TOKENS = 256  # that `wide` takes at most, of matrices of as many bytes
+WIDE_FEW_ROWS, WIDE_FEW_TOKENS = 8192, 128  # where rows are few
 PROGRAMS = 256  # about two for each multiprocessor of an H100: fewer leave memory idle
 
 
@@ -53,6 +55,7 @@ class Layout:
     paired: bool  # the two halves of the rows are gate and up
     rounds_activations: bool  # to INT8, before they are multiplied
     streamed: range  # tokens that are for `stream`, where that can be compiled
+    wide: range  # and for `wide`
     gemv: GemvPlan | None
     tiles: tuple[TilesPlan, ...]  # by the tokens of their tile; the last serves any number
     library_tokens: int | None  # from so many tokens on the library multiplies; None: never
@@ -101,9 +104,10 @@ def pack(
     chunk = FLOAT_CHUNK if scales is None else min(group or CHUNK, CHUNK)
     rounds = int8_activations and scales is not None
     has_floats = scales is None or copy is not None
+    streamed = range(0) if deterministic else _streamed(rows, columns, group, offset, dtype)
     layout = Layout(
-        columns, groups, group, offset, chunk, paired, rounds,
-        range(0) if deterministic else _streamed(rows, columns, group, offset, dtype),
+        columns, groups, group, offset, chunk, paired, rounds, streamed,
+        _wide(rows, columns, has_floats) if streamed and not rounds else range(0),
         None if deterministic else plan_gemv(rows, columns, chunk, weight.values.element_size()),
         plan_tiles(
             rows, columns, chunk, paired, dtype, rounds=rounds, deterministic=deterministic
@@ -119,6 +123,13 @@ def _streamed(rows: int, columns: int, group: int, offset: int, dtype: torch.dty
     if not whole or dtype == torch.float32:  # which has more than 16 bits of fixed point
         return range(0)
     return range(1 if rows * columns >= STREAM_BYTES else 2, STREAM_TOKENS + 1)
+
+
+def _wide(rows: int, columns: int, has_floats: bool) -> range:
+    if rows * columns < STREAM_BYTES:
+        return range(0)
+    most = WIDE_FEW_TOKENS if rows <= WIDE_FEW_ROWS else WIDE_TOKENS
+    return range(STREAM_TOKENS + 1, (SPLIT_TOKENS if has_floats else most) + 1)
 
 
 def plan_gemv(rows: int, columns: int, chunk: int, item_bytes: int) -> GemvPlan:

@@ -1,7 +1,7 @@
 """The launchers of linears: which kernel multiplies how many tokens, and what it is given.
 
-Up to 16 tokens: `stream`, in CUDA C++; what it does not take, `gemv` for one token and `tiles` for
-several, with `sum_splits` where K was cut. Up to 64: `tiles`. Long prompts: the library,
+Up to 16 tokens: `stream`, and up to 256: `wide`, in CUDA C++. What these do not take, `gemv` for
+one token and `tiles` for several, with `sum_splits` where K was cut. Long prompts: the library,
 by a matrix that is kept as floats or dequantised into a buffer; in INT8 activations, and where a
 token's bits may not depend on the others, `tiles` at every size.
 """
@@ -18,9 +18,11 @@ from roofline.ops.gpu.layout import GemvPlan, Layout, TilesPlan, layout_of
 from roofline.ops.gpu.room import Room
 from roofline.ops.gpu.stream import Planes, streams_on
 from roofline.ops.gpu.triton_support import launch, parts, power_of_two, supports_pdl
+from roofline.ops.gpu.wide import Laid, wides_on
 
 SUM_BLOCK = 1024
 QUANTIZED_COLUMNS = 1024  # that a program rounds, at least
+LAID_COLUMNS = 2048  # that a program lays out
 
 
 class Linears:
@@ -29,6 +31,7 @@ class Linears:
     def __init__(self, device: torch.device) -> None:
         self.pdl = supports_pdl(device)  # kernels start before the one before them has ended
         self.streams = streams_on(device)
+        self.wides = wides_on(device)
 
     def planes(self, layout: Layout, tokens: int) -> int:
         """Planes that so many tokens are multiplied in, if they are not floats: 0."""
@@ -40,9 +43,13 @@ class Linears:
         """Whether so many tokens are for `stream`."""
         return self.streams is not None and tokens in layout.streamed
 
+    def is_wide(self, layout: Layout, tokens: int) -> bool:
+        """Whether so many tokens are for `wide`, laid out as `lay` does."""
+        return self.wides is not None and tokens in layout.wide
+
     def multiply(
         self,
-        x: Tensor | Planes,  # [T, K] activation dtype; or as many planes as `planes` says
+        x: Tensor | Planes | Laid,  # [T, K] activation dtype; or as `planes` and `is_wide` say
         weight: PackedWeight,
         out: Tensor,  # [T, N], or [T, N / 2] of a pair: silu(gate) * up
         room: Room,
@@ -50,6 +57,11 @@ class Linears:
     ) -> None:
         """Write the product, in the dtype of `out`."""
         layout, tokens = layout_of(weight), len(out)
+        if self.wides is not None and self.is_wide(layout, tokens):
+            assert not isinstance(x, Planes)
+            self.wides.multiply(self.laid(x, room), weight, out, infinite)
+            return
+        assert not isinstance(x, Laid)
         if self.streams is not None and self.is_streamed(layout, tokens):
             if tokens > 1 or layout.rounds_activations:  # one token's planes are made on the way
                 x = self.rounded(x, layout, room)
@@ -78,17 +90,19 @@ class Linears:
         self.sum_splits(partial, out)
 
     def multiply_in_parts(
-        self, x: Tensor | Planes, tokens: int, weight: PackedWeight, room: Room
+        self, x: Tensor | Planes | Laid, tokens: int, weight: PackedWeight, room: Room
     ) -> Tensor:
         """The product [splits, T, N] float32 that is yet to be added up, as the next kernel may."""
         layout = layout_of(weight)
         splits = 1
-        if not self.is_streamed(layout, tokens) and (tokens > 1 or layout.gemv is None):
+        own = self.is_streamed(layout, tokens) or self.is_wide(layout, tokens)
+        if not own and (tokens > 1 or layout.gemv is None):
             splits = layout.tiles_of(tokens).splits
         if splits == 1:
             out = room.take((1, tokens, weight.rows), torch.float32)
             self.multiply(x, weight, out[0], room)
             return out
+        assert not isinstance(x, Laid)
         x, steps = self._operands(x, layout, room)
         out = room.take((splits, tokens, weight.rows), torch.float32)
         self.tiles(x, steps, weight, out, None, layout.tiles_of(tokens))
@@ -223,6 +237,23 @@ class Linears:
         """Planes that are yet to be written."""
         values = room.take((planes, tokens, columns), torch.int8)
         return Planes(values, room.take((groups, -(-tokens // 16) * 16), torch.float32))
+
+    def laid(self, x: Tensor | Laid, room: Room) -> Laid:
+        """The input [T, K] as `wide` reads it."""
+        if isinstance(x, Laid):
+            return x
+        assert x.is_contiguous()
+        tokens, columns = x.shape
+        found = self.room_for_laid(tokens, columns, x.dtype, room)
+        launch(
+            norms.lay, (tokens, parts(columns, LAID_COLUMNS)), self.pdl,
+            x, found.values, columns, found.values.shape[1], COLUMNS=LAID_COLUMNS,
+        )  # fmt: skip
+        return found
+
+    def room_for_laid(self, tokens: int, columns: int, dtype: torch.dtype, room: Room) -> Laid:
+        """Activations that are yet to be laid out."""
+        return Laid(room.take((2 * parts(columns, 128), parts(tokens, 8) * 8, 64), dtype))
 
     def _operands(
         self, x: Tensor | Planes, layout: Layout, room: Room

@@ -21,12 +21,13 @@ def add_norm(
     delta,  # [T, H] float32, or None
     sampled,  # [S] int64, the tokens to norm; or None: all
     norm,  # [H] float32
-    out,  # [T, H] or [S, H] activation dtype; or [PLANES, T or S, H] int8
+    out,  # [T, H] or [S, H] activation dtype; as `lay` writes it; or [PLANES, T or S, H] int8
     steps,  # [groups of 128, stride] float32, of int8
     infinite,  # [1] int32, which is cleared; or None
     H,
     eps,
-    stride,
+    stride,  # or the tokens that are laid out
+    LAID: tl.constexpr,  # as `lay` does
     UPDATE: tl.constexpr,  # residual += delta
     PLANES: tl.constexpr,  # 0: floats
     FLOAT: tl.constexpr,  # the activation dtype
@@ -50,7 +51,9 @@ def add_norm(
         tl.store(residual + token * H + column, x, mask=inside)
     scale = 1 / tl.sqrt(tl.sum(x * x) / H + eps)
     value = (x * scale * weight).to(FLOAT)
-    if PLANES == 0:
+    if LAID:
+        tl.store(out + laid(column, place, stride), value, mask=column < tl.cdiv(H, 128) * 128)
+    elif PLANES == 0:
         tl.store(out + place * H + column, value, mask=inside)
     else:
         grouped = tl.reshape(value.to(tl.float32), [BLOCK // 128, 128])
@@ -141,6 +144,38 @@ def quantize(
         below = values + tl.num_programs(0).to(tl.int64) * K
         tl.store(below + token * K + column, low, mask=mine)
     tl.store(steps + group * stride + token, step, mask=group < G)
+
+
+@triton.jit
+def laid(column, token, tokens):
+    """Where `wide.cu` has a value: [columns / 64, tokens, 64], and within 64 an order of its own.
+
+    A lane holds 16 columns of a row of weights and widens four at once: 0 and 2, 1 and 3. The 16
+    bytes of eight values change places from token to token, so that banks of memory differ.
+    """
+    within = column % 64
+    lane, word, byte = within // 16, within % 16 // 4, within % 4
+    eight = (2 * word + byte % 2) ^ (token % 8)
+    line = (column // 64).to(tl.int64) * tokens + token
+    return line * 64 + eight * 8 + 2 * lane + byte // 2
+
+
+@triton.jit
+def lay(
+    x,  # [T, K] activation dtype
+    out,  # [2 ceil(K / 128), tokens, 64] activation dtype; past the end of K zeros
+    K,
+    tokens,
+    COLUMNS: tl.constexpr,  # of a program
+    PDL: tl.constexpr,
+):
+    """Lay out activations as `wide.cu` multiplies them."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.load(x + token * K + column, mask=column < K, other=0)
+    tl.store(out + laid(column, token, tokens), value, mask=column < tl.cdiv(K, 128) * 128)
 
 
 @triton.jit

@@ -4,7 +4,6 @@
 """
 
 import functools
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ IN_MEMORY, IN_SHARED, IN_REGISTERS = range(3)  # where activations wait, HELD
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN, _PAIRED, _ROPE = range(3)
-_Macros = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def _share_steps(steps: int) -> tuple[int, int, int]:
 @functools.cache  # asked for at every launch that is not replayed, as is `plan_stream`
 def _macros_of(
     plan: StreamPlan, kind: int, result: torch.dtype, kept: torch.dtype, half: int, pdl: bool
-) -> _Macros:
+) -> nvrtc.Macros:
     """The macros of a variant, in their order."""
     macros = {name.upper(): value for name, value in asdict(plan).items() if name != "waves"}
     macros |= {"KIND": kind, "RESULT": _DTYPES[result], "KEPT": _DTYPES[kept], "HALF": half}
@@ -134,14 +132,13 @@ class Streams:
         about = active.utils.get_device_properties(index)
         self._multiprocessors: int = about["multiprocessor_count"]
         self._most_shared: int = about["max_shared_mem"]  # of a block
-        self._coming: dict[_Macros, Future[bytes]] = {}
-        self._kernels: dict[_Macros, nvrtc.Kernel] = {}
+        self._variants = nvrtc.Variants(_SOURCE, device)
 
     def prepare(
         self, dtype: torch.dtype, planes: int, shapes: ModelShapes, kept: torch.dtype | None
     ) -> None:
         """Compile ahead what a model will need; `kept` is a cache in floats, None another."""
-        wanted: set[_Macros] = set()
+        wanted: set[nvrtc.Macros] = set()
         for tokens in range(1, STREAM_TOKENS + 1):
             normed = self._plan(tokens, planes, shapes.hidden)
             wanted.add(self._macros(normed, _PLAIN, torch.float32))
@@ -152,9 +149,7 @@ class Streams:
             for columns in (shapes.attended, shapes.activated):
                 plan = self._plan(tokens, planes, columns, given)
                 wanted.add(self._macros(plan, _PLAIN, torch.float32))
-        pool = ThreadPoolExecutor(thread_name_prefix="nvrtc")
-        self._coming |= {macros: pool.submit(self._compile, macros) for macros in wanted}
-        pool.shutdown(wait=False)  # its threads end with their work
+        self._variants.compile_ahead(wanted)
 
     def multiply(
         self,
@@ -203,7 +198,7 @@ class Streams:
 
     def _launch(
         self,
-        macros: _Macros,
+        macros: nvrtc.Macros,
         plan: StreamPlan,
         x: Tensor | Planes,
         weight: PackedWeight,
@@ -214,7 +209,7 @@ class Streams:
     ) -> None:
         tiles = parts(weight.rows, 16 * plan.row_tiles)
         values, steps = (x.values, x.steps) if isinstance(x, Planes) else (x, None)
-        self._kernel(macros).launch(
+        self._variants.kernel(macros).launch(
             plan.grid(tiles, self._multiprocessors), 32 * plan.warps,
             plan.dynamic_bytes(len(out)), self.pdl,
             values, steps, weight.values, weight.scales, out, infinite,
@@ -229,18 +224,8 @@ class Streams:
         result: torch.dtype,
         kept: torch.dtype = torch.float32,
         half: int = 1,
-    ) -> _Macros:
+    ) -> nvrtc.Macros:
         return _macros_of(plan, kind, result, kept, half, self.pdl)
-
-    def _kernel(self, macros: _Macros) -> nvrtc.Kernel:
-        if macros not in self._kernels:
-            coming = self._coming.pop(macros, None)
-            code = self._compile(macros) if coming is None else coming.result()
-            self._kernels[macros] = nvrtc.Kernel(code, _SOURCE.stem)
-        return self._kernels[macros]
-
-    def _compile(self, macros: _Macros) -> bytes:
-        return nvrtc.code_of(_SOURCE, dict(macros), self.device)
 
 
 def streams_on(device: torch.device) -> Streams | None:
