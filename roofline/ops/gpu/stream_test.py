@@ -1,7 +1,5 @@
 """The linears in CUDA C++ against the reference: on a GPU alone, as nothing interprets them."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from roofline.ops import Int8Weight, KvCache, StepInputs
-from roofline.ops.gpu import norms
+from roofline.ops.gpu import layout, norms
 from roofline.ops.gpu.layout import layout_of, pack
 from roofline.ops.gpu.linear import Linears
 from roofline.ops.gpu.room import Room
@@ -33,9 +31,10 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token of a small matrix is streamed, too."""
     torch.manual_seed(1)
-    yield
+    monkeypatch.setattr(layout, "STREAM_BYTES", 0)
 
 
 def int8_weight(rows: int, columns: int) -> Int8Weight:
