@@ -205,14 +205,21 @@ class Model:
         return time.perf_counter() - started
 
     def decode(self, batch: int, context: int, tokens: int = 96) -> float:
-        """Output tokens a second of `batch` sequences, from `context` tokens on."""
-        made = self.add(batch, context - WARM_TOKENS, WARM_TOKENS + tokens + 2)
+        """Output tokens a second of `batch` sequences, from `context` tokens on.
+
+        None ends meanwhile: those whose prompts were read first may have more tokens by as many
+        steps as the prompts of all took.
+        """
+        chunk = self.config.limits.max_num_batched_tokens
+        ahead = -(-batch * context // (chunk - batch)) + batch * context // chunk
+        made = self.add(batch, context - WARM_TOKENS, WARM_TOKENS + tokens + ahead + 2)
         self.steps(made, WARM_TOKENS)
         before, started = sum(made.values()), time.perf_counter()
         self.steps(made, WARM_TOKENS + tokens)
-        rate = (sum(made.values()) - before) / (time.perf_counter() - started)
+        count, seconds = sum(made.values()) - before, time.perf_counter() - started
+        assert len(made) * tokens == count, f"{count} tokens of {len(made)} sequences"
         self.drain()
-        return rate
+        return count / seconds
 
     def drain(self) -> None:
         """Finish what is left."""

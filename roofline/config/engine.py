@@ -143,8 +143,8 @@ class EngineConfig:
     threads: int | None = _option(
         None, "CPU threads; default: the cores this process may use", 1, 1024
     )
-    cpu_isa: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "portable", "reference"] = _option(
-        "auto", "kernels to use; reference is plain PyTorch, slow and always right"
+    cpu_isa: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "portable", "reference"] = (
+        _option("auto", "kernels to use; reference is plain PyTorch, slow and always right")
     )
     enforce_eager: bool = _option(False, "run a step op by op, never as a tape or CUDA graph")
     seed: int = _option(0, "of dummy weights and of requests that bring no seed", 0, (1 << 64) - 1)

@@ -55,15 +55,21 @@ class Shape:
         return None if self.resident < 3 else _REGISTERS // (self.resident * 32 * self.warps) & ~7
 
 
-def decode_shape(heads: Heads, activation: torch.dtype, cache: torch.dtype) -> Shape:
-    """How `decode` runs: as many bytes on their way as fit, in two or three programs."""
+def decode_shapes(heads: Heads, activation: torch.dtype, cache: torch.dtype) -> tuple[Shape, ...]:
+    """How `decode` runs: as many bytes on their way as fit, in two or three programs.
+
+    And in four, for rows that four have one task of each, and three one or two.
+    """
     turn_bytes = 2 * 64 * heads.width * cache.itemsize
     rows = max(_DECODE_ROWS, _power_of_two(heads.group))
     if turn_bytes > 64 * 1024:
-        return Shape(rows, tile=32, warps=4, stages=2, resident=1)
+        return (Shape(rows, tile=32, warps=4, stages=2, resident=1),)
     if heads.width > 128 or activation.itemsize > 2 or rows > 16:
-        return Shape(rows, tile=64, warps=4, stages=2, resident=2)
-    return Shape(rows, tile=64, warps=4, stages=3, resident=3)
+        return (Shape(rows, tile=64, warps=4, stages=2, resident=2),)
+    three = Shape(rows, tile=64, warps=4, stages=3, resident=3)
+    if heads.width != 128 or cache.itemsize != 2:
+        return (three,)
+    return three, Shape(rows, tile=32, warps=4, stages=3, resident=4)
 
 
 def prompt_shape(heads: Heads, activation: torch.dtype) -> Shape:
@@ -83,8 +89,8 @@ class Tasks:
     words: Tensor  # [8 * (1 + capacity)] int32
     arrivals: Tensor  # [rows, Hkv] int32, zero between launches
     heads: Heads
-    decode: Shape
-    programs: int  # of `decode`
+    decodes: tuple[Shape, ...]  # of as many query lines each
+    processors: int
     prompt: Shape
     deterministic: bool  # all rows by `prompt`, whose sums depend on nothing but the row
 
@@ -96,7 +102,19 @@ class Tasks:
     @property
     def scratch_floats(self) -> int:
         """Float32 elements of scratch `attention` needs."""
-        return self.capacity * self.heads.kv * self.decode.rows * (self.heads.width + 2)
+        return self.capacity * self.heads.kv * self.decodes[0].rows * (self.heads.width + 2)
+
+    def decode_of(self, rows: int) -> Shape:
+        """How a step of so many rows is decoded."""
+        first, *others = self.decodes
+        pieces = rows * self.heads.kv
+        if pieces <= self.programs(first):  # they are cut into as many as there are programs
+            return first
+        return next((shape for shape in others if pieces <= self.programs(shape)), first)
+
+    def programs(self, shape: Shape) -> int:
+        """Of `decode`."""
+        return self.processors * shape.resident
 
 
 def make_tasks(
@@ -109,15 +127,14 @@ def make_tasks(
     deterministic: bool,
 ) -> Tasks:
     """Room for the tasks of any step."""
-    shape = decode_shape(heads, activation, cache)
-    programs = _processors(device) * shape.resident
-    capacity = rows + 2 * -(-programs // heads.kv)
+    shapes, processors = decode_shapes(heads, activation, cache), _processors(device)
+    capacity = rows + 2 * -(-processors * shapes[0].resident // heads.kv)
     return Tasks(
         torch.zeros(TASK_WORDS.value * (1 + capacity), dtype=torch.int32, device=device),
         torch.zeros(rows, heads.kv, dtype=torch.int32, device=device),
         heads,
-        shape,
-        programs,
+        shapes,
+        processors,
         prompt_shape(heads, activation),
         deterministic,
     )
@@ -141,6 +158,7 @@ def plan(
     if tasks.deterministic:
         return
     rows = len(context_len)
+    shape = tasks.decode_of(rows)
     table_rows = _power_of_two(rows)
     share = max(8, min(64, (1 << 14) // table_rows))
     launch(
@@ -153,12 +171,12 @@ def plan(
         tasks.arrivals,
         rows,
         tasks.capacity,
-        tasks.programs,
+        tasks.programs(shape),
         window or 0,
         KV_HEADS=tasks.heads.kv,
         GROUP=tasks.heads.group,
-        ROWS=tasks.decode.rows,
-        TILE=tasks.decode.tile,
+        ROWS=shape.rows,
+        TILE=shape.tile,
         TABLE_ROWS=table_rows,
         SHARE=share,
         WINDOWED=window is not None,
@@ -206,12 +224,13 @@ def attention(
     )
     numbers = block_table.stride(0), window or 0, scale * _LOG2_E
     rows = len(context_len)
+    shape = tasks.decode_of(rows)
     if not tasks.deterministic:
-        lines = tasks.capacity * heads.kv * tasks.decode.rows
+        lines = tasks.capacity * heads.kv * shape.rows
         mixtures, sums = scratch[: lines * heads.width], scratch[lines * heads.width :]
         launch(
             decode,
-            (tasks.programs,),
+            (tasks.programs(shape),),
             pdl,
             query,
             *cache,
@@ -221,14 +240,14 @@ def attention(
             sums,
             out,
             *numbers,
-            ROWS=tasks.decode.rows,
-            TILE=tasks.decode.tile,
-            num_warps=tasks.decode.warps,
-            num_stages=tasks.decode.stages,
-            maxnreg=tasks.decode.registers,
+            ROWS=shape.rows,
+            TILE=shape.tile,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
+            maxnreg=shape.registers,
             **options,
         )
-    fewest = 0 if tasks.deterministic else tasks.decode.rows
+    fewest = 0 if tasks.deterministic else shape.rows
     if len(query) and longest * heads.group > fewest:
         shape = tasks.prompt
         tiles = len(query) // (shape.rows // heads.group) + rows

@@ -92,8 +92,19 @@ def test_prompts_and_decodes_in_one_step(
     heads: int, kv_heads: int, dim: int, block_tokens: int, dtype: torch.dtype
 ) -> None:
     tasks = check(PagedStep(MIXED, heads, kv_heads, dim, block_tokens, dtype))
-    decoded = [new for _, new in MIXED if 0 < new * heads // kv_heads <= tasks.decode.rows]
+    decoded = [new for _, new in MIXED if 0 < new * heads // kv_heads <= tasks.decodes[0].rows]
     assert int(tasks.words[0]) > len(decoded)  # some row was cut
+
+
+def test_rows_of_which_four_programs_a_processor_have_one_each() -> None:
+    tasks = make_tasks(
+        Heads(8, 4, 128), torch.bfloat16, torch.bfloat16, 1, DEVICE, deterministic=False
+    )
+    three, four = tasks.decodes
+    count = tasks.programs(three) // 4 + 1
+    assert tasks.decode_of(count - 1) == three and tasks.decode_of(count) == four
+    assert tasks.decode_of(tasks.programs(four) // 4 + 1) == three
+    check(PagedStep([(90 - row % 60, 1) for row in range(count)], 8, 4, 128, 16, torch.bfloat16))
 
 
 @pytest.mark.parametrize("context", [1, 63, 64, 65, 1030])
