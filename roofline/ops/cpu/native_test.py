@@ -278,6 +278,19 @@ def test_nan_and_inf_go_where_they_go_in_the_reference(
 
 
 @EVERY_ARITHMETIC
+def test_numbers_too_small_to_be_normal_count_alike_in_any_batch(
+    library: Library, arithmetic: Arithmetic
+) -> None:
+    step = Step(SHAPES["smollm2"], arithmetic)
+    step.x *= torch.logspace(-43, -33, step.shape.hidden).to(step.dtype)
+    compute = step.native(library)
+    (together,) = bits(compute(linear, torch.arange(40)))
+    for count in (1, 2, 3, 5, 16):
+        (some,) = bits(compute(linear, torch.arange(count)))
+        assert torch.equal(some, together[:count]), count
+
+
+@EVERY_ARITHMETIC
 def test_a_table_of_nan_and_inf_is_looked_up_as_it_is(
     library: Library, arithmetic: Arithmetic
 ) -> None:

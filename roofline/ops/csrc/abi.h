@@ -56,7 +56,7 @@ struct NormQkvRopeStore {
     void* values;  // the same
     int64_t heads, kv_heads, head_dim, block_tokens;
     void* normed;     // [T, H] activations
-    void* quantized;  // room for them as INT8, with OFFSET_INT8 weights
+    void* quantized;  // room for them as INT8, with OFFSET_INT8 weights, or as AMX reads them
     float* mixed;     // [T, (Hq + 2 Hkv) D]
     void* out;        // [T, Hq, D]
 };

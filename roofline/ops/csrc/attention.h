@@ -117,6 +117,20 @@ static void whole_key_panel(const X* keys, int64_t dim, typename Panel<X>::Item*
             transpose(reinterpret_cast<const char*>(keys + d), dim * int64_t(sizeof(X)),
                       reinterpret_cast<char*>(panel + d * LANES));
         if (d == dim) return;
+    } else {
+        alignas(64) uint32_t pairs[LANES * LANES];
+        const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
+        int64_t d = 0;
+        for (; d + 32 <= dim; d += 32) {  // two bfloat16 channels an item
+            transpose(reinterpret_cast<const char*>(keys + d), dim * 2, reinterpret_cast<char*>(pairs));
+            for (int i = 0; i < LANES; ++i) {
+                const __m512i pair = _mm512_load_si512(pairs + i * LANES);
+                float* to = panel + (d + 2 * i) * LANES;
+                _mm512_storeu_si512(to, _mm512_slli_epi32(pair, 16));
+                _mm512_storeu_si512(to + LANES, _mm512_and_si512(pair, upper));
+            }
+        }
+        if (d == dim) return;
     }
 #elif defined(__AVX2__)
     float_panel(keys, dim, panel);

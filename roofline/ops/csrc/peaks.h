@@ -38,10 +38,20 @@ constexpr int DOT_SUMS = 3;
 constexpr int DOT_TASKS = 64;
 
 #if defined(RL_AMX)
-// So many products of tiles of zeros, into four C.
+// So many products of tiles, into four C. Of no zeros: with those tiles are a third faster.
 template <bool BYTES>
 static void dot_tiles(int64_t count) {
+    alignas(64) uint16_t values[2 * TILE_BYTES];  // bfloat16 from 0.5 to 2, of either sign
+    uint32_t random = 1;
+    for (uint16_t& value : values) {
+        random = random * 1664525u + 1013904223u;
+        value = uint16_t(0x3f00 + (random >> 16 & 0x80ff));
+    }
     const TilesInUse tiles(TILE_ROWS);
+    RL_TILE_LOAD(4, values, 64);
+    RL_TILE_LOAD(5, values + 512, 64);
+    RL_TILE_LOAD(6, values + 1024, 64);
+    RL_TILE_LOAD(7, values + 1536, 64);
     for (int64_t k = 0; k < count; k += 4 * TILE_ROWS * LANES * (BYTES ? 64 : 32)) {
         if constexpr (BYTES) {
             RL_TILE_DOT(RL_UNSIGNED, 0, 4, 6);

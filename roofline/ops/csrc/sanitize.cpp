@@ -55,6 +55,7 @@ struct Matrix {
         const int64_t padded = (rows + 15) / 16 * 16;
         const int64_t chunks = paired ? one_of({2, 4}) : between(1, 4);
         weight.rows = rows, weight.columns = columns, weight.chunks = chunks;
+        room.resize(size_t(tokens * (columns / 2 + 5 * ((columns + 31) / 32 + 1))));
         if (between(0, 3) == 0) {
             const std::vector<X> source = noise<X>(rows * columns);
             floats.resize(size_t(padded * columns));
@@ -78,7 +79,6 @@ struct Matrix {
         pack_scales(source_scales.data(), rows, groups, chunks, paired, scales.data());
         weight.values = bytes.data();
         weight.scales = scales.data();
-        if (offset) room.resize(size_t(tokens * (columns / 2 + 5 * ((columns + 31) / 32 + 1))));
     }
 };
 
