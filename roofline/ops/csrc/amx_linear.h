@@ -1,4 +1,4 @@
-// Linears by AMX: for three tokens and more with bfloat16 activations, for five with INT8 ones.
+// Linears by AMX, of five tokens and more.
 //
 // Activations are first put as tiles A read them, once an op. Bfloat16: a block of 64 rows is widened
 // to tiles B, some groups of columns at a time, for all tokens; each group's C is scaled onto totals.
@@ -15,7 +15,6 @@
 namespace roofline {
 namespace RL_ISA {
 
-constexpr int HALVES_TOKENS = 2;      // up to here vectors multiply bfloat16
 constexpr int TILED_TOKENS = 512;     // whose totals a block keeps at hand, at most
 
 // Activations as tiles A read them. Bfloat16: [blocks of 32 columns][T][32]. INT8: [blocks of 64][T]
@@ -57,7 +56,7 @@ INLINE int64_t tiled_bytes(const Weight& w) {  // of a token
 
 // Whether tiles can multiply a matrix by so many tokens. `quantized_values` of budget.py is the room.
 INLINE bool fits_tiles(const Weight& w, int64_t tokens) {
-    if (tokens <= (w.kind == OFFSET_INT8 ? DIRECT_TOKENS : HALVES_TOKENS) || w.kind == FLOAT32) return false;
+    if (tokens <= DIRECT_TOKENS || w.kind == FLOAT32) return false;
     if (is_int8(w) && group_count(w) > 1 && w.group % DOT_COLUMNS) return false;
     return tiled_bytes(w) <= 4 * (ceil_div(w.columns, 2) + 5 * (ceil_div(w.columns, 32) + 1));
 }

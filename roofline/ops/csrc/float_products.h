@@ -190,7 +190,7 @@ template <bool IS_INT8>
 struct Halves {
     using Sum = Vec;
     static constexpr bool from_memory = true, in_halves = true;
-    static constexpr int least_tokens = 1, most_tokens = HALVES_TOKENS;
+    static constexpr int least_tokens = 1, most_tokens = DIRECT_TOKENS;
     int64_t kind;
 
     template <int M, int C>

@@ -50,10 +50,14 @@ INLINE void store_some(ByteOperand* out, Ints values, int64_t count) {
 }
 
 INLINE int32_t sum_lanes(Ints a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32(a.v);
+#else
     int32_t lanes[LANES], sum = 0;
     store(lanes, a);
     for (const int32_t lane : lanes) sum += lane;
     return sum;
+#endif
 }
 
 // One part: `count` activations, their unit, and the starts and multiples of its pieces. Sixteen

@@ -210,7 +210,8 @@ static void multiply_floats(const Weight& w, const Block& block, int tokens, con
     alignas(64) typename P::Item panel[PANEL_COLUMNS * chunks_at_once(MICRO_TOKENS) * LANES];
     alignas(64) Vec kept[TILE_TOKENS * MAX_CHUNKS];
     const int height = int(block.chunks);
-    const int most = chunks_at_once(tokens < MICRO_TOKENS ? tokens : MICRO_TOKENS);
+    const int few = tokens < MICRO_TOKENS ? tokens : MICRO_TOKENS;
+    const int most = halves && few > 2 ? 2 : chunks_at_once(few);  // halves are twice as many sums
     const int64_t bytes = 64 * item_bytes(w.kind);  // of a quad
     const bool extremes = w.extremes != 0;
     each_part(w, [&](const Part& part) {
