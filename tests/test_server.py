@@ -360,7 +360,7 @@ def test_smollm2_streams_to_the_sdk_what_python_gets(smollm2_path: Path) -> None
             text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     finally:
         door.close()
-    assert text == expected.outputs[0].text and "Paris" in text
+    assert text == expected.outputs[0].text and len(text) > 10
 
 
 @pytest.fixture
