@@ -343,7 +343,7 @@ def test_bytes_that_are_no_request_hurt_nobody(
 
 
 def test_smollm2_streams_to_the_sdk_what_python_gets(smollm2_path: Path) -> None:
-    messages: Any = [{"role": "user", "content": "What is the capital of France? 🇫🇷"}]
+    messages: Any = [{"role": "user", "content": "🇫🇷 What is the capital of France?"}]
     params = SamplingParams(temperature=0, max_tokens=24)
     options: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 2}
     with LLM(str(smollm2_path), **options) as llm:
@@ -360,7 +360,7 @@ def test_smollm2_streams_to_the_sdk_what_python_gets(smollm2_path: Path) -> None
             text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     finally:
         door.close()
-    assert text == expected.outputs[0].text and len(text) > 10
+    assert text == expected.outputs[0].text and "Paris" in text
 
 
 @pytest.fixture
